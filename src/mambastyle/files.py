@@ -1,0 +1,73 @@
+"""Writing files whole or not at all: a temporary neighbour, fsync, rename.
+
+A reader never sees half a file, a full disk leaves the old one, and a killed process leaves at most a hidden
+`.NAME.*.part` behind.
+"""
+
+import contextlib
+import errno
+import os
+import secrets
+from pathlib import Path
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space or choose another folder",
+    errno.EDQUOT: "free some of your quota or choose another folder",
+    errno.EFBIG: "raise the file size limit (ulimit -f) or choose another folder",
+    errno.EACCES: "choose a folder that you may write to",
+    errno.EPERM: "choose a folder that you may write to",
+    errno.EROFS: "choose a folder on a disk that is not read-only",
+    errno.ENOTDIR: "a part of this path is a file: choose another folder",
+    errno.EISDIR: "this path is a folder: add a file name",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+
+
+class WriteError(OSError):
+    """A file that could not be written; the message names the file, the reason and a remedy."""
+
+
+def write_whole(path: str | os.PathLike[str], data: bytes | memoryview) -> Path:
+    """Write `data` to `path`, making its folders: afterwards the file is whole, or as it was before.
+
+    Raises WriteError (an OSError) when the folder cannot be made or written, or when the disk is full.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Not tempfile: its files are 0600 and would stay so after the rename.
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        remedy = _REMEDIES.get(error.errno or 0, "choose another folder")
+        # Set by hand: OSError(errno, text) would print "[Errno 28]" before the sentence.
+        failure = WriteError(f"cannot write {path}: {reason}; {remedy}")
+        failure.errno = error.errno
+        raise failure from error
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+    return path
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself durable, where the system can (Windows and some network disks cannot)."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
