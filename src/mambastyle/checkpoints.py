@@ -151,8 +151,8 @@ def to_half(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def config_to_dict(config: Any) -> dict[str, Any]:
     """A dataclass or mapping as plain JSON values (tuples become lists)."""
-    values = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else dict(config)  # type:
-    ignore[arg-type] return json.loads(json.dumps(values))
+    is_dataclass = dataclasses.is_dataclass(config) and not isinstance(config, type)
+    return json.loads(json.dumps(dataclasses.asdict(config) if is_dataclass else dict(config)))
 
 
 def config_from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:

@@ -1,8 +1,8 @@
 """Pictures in and out: the only place where files, PIL pictures and arrays become tensors, and back.
 
-Inside the package a picture is a float tensor (3 height width), a batch (batch 3 height width), RGB in [-1,
-1]. At the door a float tensor has that range too, a float array has numpy's custom (height width 3) in [0,
-1], and integers go from 0 to the most their type can hold.
+Inside the package a picture is a float tensor (3 height width), a batch (batch 3 height width), RGB in
+[-1, 1]. At the door a float tensor has that range too, a float array has numpy's custom (height width 3) in
+[0, 1], and integers go from 0 to the most their type can hold.
 """
 
 import glob
@@ -103,9 +103,8 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     """Raise ImageError when no picture can be written under this name, before the work is done for it."""
     suffix = Path(path).suffix
     if suffix.lower() not in _WRITERS:
-        raise ImageError(
-            f"cannot write {path}: {suffix or 'no suffix'} is not among {', '.join(_WRITERS)}; use one of these"
-        )
+        known = ", ".join(_WRITERS)
+        raise ImageError(f"cannot write {path}: its suffix is {suffix or 'missing'}, use one of {known}")
 
 
 def find(sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
