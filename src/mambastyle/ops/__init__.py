@@ -1,0 +1,14 @@
+"""Functions on tensors which every model is built from; they know no module and no model."""
+
+from mambastyle.ops.scan_paths import cross_paths, inverse_paths, zigzag_paths
+from mambastyle.ops.selective_scan import available_backends, scan_backend, selective_scan, unavailable_reason
+
+__all__ = [
+    "available_backends",
+    "cross_paths",
+    "inverse_paths",
+    "scan_backend",
+    "selective_scan",
+    "unavailable_reason",
+    "zigzag_paths",
+]
