@@ -151,8 +151,9 @@ def to_half(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def config_to_dict(config: Any) -> dict[str, Any]:
     """A dataclass or mapping as plain JSON values (tuples become lists)."""
-    is_dataclass = dataclasses.is_dataclass(config) and not isinstance(config, type)
-    return json.loads(json.dumps(dataclasses.asdict(config) if is_dataclass else dict(config)))
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        config = dataclasses.asdict(config)
+    return json.loads(json.dumps(dict(config)))
 
 
 def config_from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
