@@ -151,9 +151,8 @@ def to_half(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def config_to_dict(config: Any) -> dict[str, Any]:
     """A dataclass or mapping as plain JSON values (tuples become lists)."""
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        config = dataclasses.asdict(config)
-    return json.loads(json.dumps(dict(config)))
+    values = dict(config) if isinstance(config, Mapping) else dataclasses.asdict(config)
+    return json.loads(json.dumps(values))
 
 
 def config_from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:

@@ -1,0 +1,1 @@
+"""Spaces and directions of StyleGAN2 latents; no network inside."""
