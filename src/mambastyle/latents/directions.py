@@ -160,7 +160,8 @@ class Directions(Mapping[str, Direction]):
         for pair in pairs:
             if not isinstance(pair, tuple | list) or len(pair) != 2:
                 raise DirectionError(f"an edit is {pair!r}, expected a (name, strength) pair: ('age', 1.5)")
-            name, strength = pair
+            name: Any = pair[0]
+            strength = pair[1]
             direction = name if isinstance(name, Direction) else self[name]
             resolved.append((direction, check_strength(strength, direction.name)))
         return resolved
