@@ -95,7 +95,7 @@ def scan_backend(backend: str = "auto", *tensors: Tensor) -> str:
     Raises ValueError or TypeError, with the reason and the remedy, if a named backend cannot run on the tensors.
     """
     if backend == "auto":
-        if "numba" not in _SCANS or _misfit("numba", tensors) is not None:
+        if _misfit("numba", tensors) is not None:
             return "reference"
         reason = unavailable_reason("numba")
         if reason is None:
@@ -239,8 +239,42 @@ def _scan_reference(
     return y, last_state
 
 
+def _scan_numba(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    dtype: torch.dtype,
+) -> tuple[Float[Tensor, "batch channels length"], Float[Tensor, "batch channels state"]]:
+    from mambastyle.ops.selective_scan import cpu_numba
+
+    batch, channels, length = u.shape
+    # B and C that differ between channels and not between steps are rare (S4D): every channel is its own group then,
+    # which is correct, but fills one lane of sixteen.
+    groups = channels if 2 in (B.ndim, C.ndim) else _groups(B, C)
+
+    def per_group(x: Tensor) -> Float[Tensor, "batch groups state length"]:
+        x = x.to(dtype)
+        if x.ndim == 2:
+            return x[None, :, :, None].expand(batch, -1, -1, length)
+        x = x if x.ndim == 4 else x.unsqueeze(1)
+        return x if x.shape[1] == groups else x.repeat_interleave(groups // x.shape[1], dim=1)
+
+    D = None if D is None else D.to(dtype)
+    delta_bias = None if delta_bias is None else delta_bias.to(dtype)
+    u, delta, A = u.to(dtype), delta.to(dtype), A.to(dtype)
+    return cpu_numba.scan(u, delta, A, per_group(B), per_group(C), D, delta_bias, delta_softplus)
+
+
 _Scan = Callable[..., tuple[Tensor, Tensor]]
-_SCANS: MappingProxyType[str, _Scan] = MappingProxyType({"reference": _scan_reference})
-_MODULES = {"reference": "mambastyle.ops.selective_scan.reference"}
+_SCANS: MappingProxyType[str, _Scan] = MappingProxyType({"reference": _scan_reference, "numba": _scan_numba})
+_MODULES = {
+    "reference": "mambastyle.ops.selective_scan.reference",
+    "numba": "mambastyle.ops.selective_scan.cpu_numba",
+}
 _import_problems: dict[str, str | None] = {}
 _warned: list[str] = []

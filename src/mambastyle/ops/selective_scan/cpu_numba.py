@@ -1,0 +1,856 @@
+"""The selective scan on the CPU: Numba kernels over an explicit vector of 16 floats, and the PyTorch ops around them.
+
+Sixteen neighbouring channels share a vector, the states of a channel are vectors beside each other, and time runs in
+sequence, in tiles of CHUNK steps that are transposed through registers on their way in and out. docs/kernels.md has
+the design and what was measured.
+
+The vector type and the kernels share a file because Numba's cache sees only the file that a kernel stands in. The
+module imports numba and is itself imported only when a scan asks for it.
+"""
+
+import hashlib
+import logging
+import operator
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from jaxtyping import Float
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from mambastyle.ops.selective_scan.cpu_threads import run_ranges
+
+_log = logging.getLogger(__name__)
+
+LANES = 16
+CHUNK = 64  # steps per tile, and between the states that the backward pass starts from
+SPLITS = 16  # the backward pass cuts the channels until it has this many tasks; fixed, so sums never depend on threads
+SERIAL_STATE_STEPS = (
+    3_000_000  # about 0.5 ms of work on one core: below it a thread costs more than it brings
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A vector of 16 floats for Numba. LLVM splits it where registers are shorter (AVX2, SSE, NEON).
+
+_FLOAT = ir.FloatType()
+_INT = ir.IntType(32)
+_FLOATS = ir.VectorType(_FLOAT, LANES)
+_INTS = ir.VectorType(_INT, LANES)
+_UNDEFINED = ir.Constant(_FLOATS, ir.Undefined)
+
+# exp2(r) on [-1/2, 1/2] by a minimax polynomial, highest power first. The last coefficient is exactly 1: a step size
+# near zero must keep the state as it is, or the error grows with the length of the memory.
+_EXP2 = (
+    0.001327647196290093,
+    0.00967554173909621,
+    0.05550713277122874,
+    0.24022119716406826,
+    0.6931469670603323,
+    1.0,
+)
+# log(1 + e) / e on [0, 1], highest power first.
+_LOG1P = (
+    0.0052326932508425655,
+    -0.029505243262125086,
+    0.07822597556073553,
+    -0.1366324951578318,
+    0.1910600956772305,
+    -0.24842983320740317,
+    0.33319097028590217,
+    -0.4999949315974462,
+    0.9999999698843781,
+)
+_LOG2_E = np.float32(1.4426950408889634)
+_LN_2 = np.float32(0.6931471805599453)
+
+
+class _VectorType(types.Type):
+    def __init__(self) -> None:
+        super().__init__(name="float32x16")
+
+
+_vector = _VectorType()
+
+
+@register_model(_VectorType)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, frontend_type: Any) -> None:
+        super().__init__(manager, frontend_type, _FLOATS)
+
+
+def _floats(value: float) -> ir.Constant:
+    return ir.Constant(_FLOATS, [ir.Constant(_FLOAT, value)] * LANES)
+
+
+def _ints(value: int) -> ir.Constant:
+    return ir.Constant(_INTS, [ir.Constant(_INT, value)] * LANES)
+
+
+def _lane_order(lanes: list[int]) -> ir.Constant:
+    return ir.Constant(_INTS, [ir.Constant(_INT, lane) for lane in lanes])
+
+
+def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+    return builder.gep(context.make_array(array_type)(context, builder, array).data, [index])
+
+
+def _load(builder: Any, address: Any) -> Any:
+    loaded = builder.load(builder.bitcast(address, _FLOATS.as_pointer()))
+    loaded.align = 4
+    return loaded
+
+
+def _store(builder: Any, value: Any, address: Any) -> None:
+    builder.store(value, builder.bitcast(address, _FLOATS.as_pointer()), align=4)
+
+
+def _splat(builder: Any, value: Any) -> Any:
+    first = builder.insert_element(_UNDEFINED, value, ir.Constant(_INT, 0))
+    return builder.shuffle_vector(first, _UNDEFINED, _ints(0))
+
+
+def _call(builder: Any, name: str, *values: Any) -> Any:
+    """Calls an LLVM intrinsic on vectors."""
+    function_type = ir.FunctionType(_FLOATS, [_FLOATS] * len(values))
+    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), values)
+
+
+def _fma(builder: Any, x: Any, y: Any, z: Any) -> Any:
+    return _call(builder, "llvm.fmuladd.v16f32", x, y, z)
+
+
+def _polynomial(builder: Any, coefficients: tuple[float, ...], x: Any) -> Any:
+    value = _floats(coefficients[0])
+    for coefficient in coefficients[1:]:
+        value = _fma(builder, value, x, _floats(coefficient))
+    return value
+
+
+def _at_least(builder: Any, x: Any, bound: float) -> Any:
+    # This order of comparison keeps NaN, and is one machine instruction.
+    return builder.select(builder.fcmp_ordered(">", _floats(bound), x), _floats(bound), x)
+
+
+def _at_most(builder: Any, x: Any, bound: float) -> Any:
+    return builder.select(builder.fcmp_ordered("<", _floats(bound), x), _floats(bound), x)
+
+
+def _exp2(context: Any, builder: Any, x: Any) -> Any:
+    """2 ** x to 2e-7, relative; below 2 ** -126 it is 2 ** -126 or (with AVX-512) exact, above the range infinite."""
+    if "+avx512f" in context.codegen().magic_tuple()[2].split(","):
+        whole = _call(builder, "llvm.rint.v16f32", x)
+        mantissa = _polynomial(builder, _EXP2, builder.fsub(x, whole))
+        scale = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(_FLOATS, [_FLOATS, _FLOATS, _FLOATS, ir.IntType(16), _INT]),
+            "llvm.x86.avx512.mask.scalef.ps.512",
+        )
+        all_lanes, current_rounding = ir.Constant(ir.IntType(16), -1), ir.Constant(_INT, 4)
+        return builder.call(scale, [mantissa, whole, mantissa, all_lanes, current_rounding])
+    # Adding 1.5 * 2 ** 23 rounds to a whole number and leaves it in the low bits; shifted into the exponent, it scales.
+    # At 128 the mantissa is exactly 1 and the exponent all ones: infinity, as it should be.
+    x = _at_most(builder, _at_least(builder, x, -126.0), 128.0)
+    shifted = builder.fadd(x, _floats(12582912.0))
+    whole = builder.fsub(shifted, _floats(12582912.0))
+    mantissa = _polynomial(builder, _EXP2, builder.fsub(x, whole))
+    exponent = builder.shl(builder.bitcast(shifted, _INTS), _ints(23))
+    return builder.bitcast(builder.add(builder.bitcast(mantissa, _INTS), exponent), _FLOATS)
+
+
+def _exp_minus_abs(context: Any, builder: Any, x: Any) -> Any:
+    magnitude = builder.bitcast(builder.and_(builder.bitcast(x, _INTS), _ints(0x7FFFFFFF)), _FLOATS)
+    return _exp2(context, builder, builder.fmul(magnitude, _floats(-float(_LOG2_E))))
+
+
+def _register_operator(function: Any, instruction: str) -> None:
+    @type_callable(function)
+    def _type(context: Any) -> Any:
+        def typer(x: Any, y: Any) -> Any:
+            return _vector if x is _vector and y is _vector else None
+
+        return typer
+
+    @lower_builtin(function, _vector, _vector)
+    def _lower(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return getattr(builder, instruction)(*arguments)
+
+
+for _function, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul")):
+    _register_operator(_function, _instruction)
+
+
+@intrinsic
+def load(typing_context, array, index):  # type: ignore  # the arguments are Numba types
+    """array[index : index + 16]."""
+
+    def generate(context, builder, signature, arguments):
+        return _load(builder, _address(context, builder, signature.args[0], *arguments))
+
+    return _vector(array, types.intp), generate
+
+
+@intrinsic
+def store(typing_context, array, index, vector):  # type: ignore
+    """array[index : index + 16] = vector."""
+
+    def generate(context, builder, signature, arguments):
+        _store(builder, arguments[2], _address(context, builder, signature.args[0], *arguments[:2]))
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, vector), generate
+
+
+@intrinsic
+def broadcast(typing_context, array, index):  # type: ignore
+    """array[index] in every lane."""
+
+    def generate(context, builder, signature, arguments):
+        return _splat(builder, builder.load(_address(context, builder, signature.args[0], *arguments)))
+
+    return _vector(array, types.intp), generate
+
+
+@intrinsic
+def splat(typing_context, value):  # type: ignore
+    """One float32 in every lane."""
+
+    def generate(context, builder, signature, arguments):
+        return _splat(builder, arguments[0])
+
+    return _vector(types.float32), generate
+
+
+@intrinsic
+def fma(typing_context, x, y, z):  # type: ignore
+    """x * y + z, in one rounding where the machine has it."""
+
+    def generate(context, builder, signature, arguments):
+        return _fma(builder, *arguments)
+
+    return _vector(_vector, _vector, _vector), generate
+
+
+@intrinsic
+def exp2(typing_context, x):  # type: ignore
+    def generate(context, builder, signature, arguments):
+        return _exp2(context, builder, arguments[0])
+
+    return _vector(_vector), generate
+
+
+@intrinsic
+def softplus(typing_context, x):  # type: ignore
+    """log(1 + exp(x)) = max(x, 0) + log(1 + e) with e = exp(-|x|), which overflows nowhere."""
+
+    def generate(context, builder, signature, arguments):
+        e = _exp_minus_abs(context, builder, arguments[0])
+        return _fma(builder, _polynomial(builder, _LOG1P, e), e, _at_least(builder, arguments[0], 0.0))
+
+    return _vector(_vector), generate
+
+
+@intrinsic
+def logistic(typing_context, x):  # type: ignore
+    """1 / (1 + exp(-x)), the slope of softplus: (1 or e) / (1 + e) with e = exp(-|x|)."""
+
+    def generate(context, builder, signature, arguments):
+        e = _exp_minus_abs(context, builder, arguments[0])
+        one = _floats(1.0)
+        numerator = builder.select(builder.fcmp_ordered(">", arguments[0], _floats(0.0)), one, e)
+        return builder.fdiv(numerator, builder.fadd(one, e))
+
+    return _vector(_vector), generate
+
+
+@intrinsic
+def sum_lanes(typing_context, x):  # type: ignore
+    """The sum of the 16 lanes, by halves."""
+
+    def generate(context, builder, signature, arguments):
+        value, lanes = arguments[0], LANES
+        while lanes > 1:
+            lanes //= 2
+            upper = _lane_order([lane + lanes if lane < lanes else 0 for lane in range(LANES)])
+            value = builder.fadd(value, builder.shuffle_vector(value, _UNDEFINED, upper))
+        return builder.extract_element(value, ir.Constant(_INT, 0))
+
+    return types.float32(_vector), generate
+
+
+@intrinsic
+def transpose(typing_context, source, start, row_step, target, target_start, target_row_step):  # type: ignore
+    """target[target_start + c * target_row_step + r] = source[start + r * row_step + c] for r, c in 0..15.
+
+    Four rounds of exchanging halves (Eklundh): in each, rows k and k + d swap blocks of d lanes.
+    """
+
+    def generate(context, builder, signature, arguments):
+        source, start, row_step, target, target_start, target_row_step = arguments
+
+        def row(array_type, array, first, step, number):
+            index = builder.add(first, builder.mul(step, ir.Constant(step.type, number)))
+            return _address(context, builder, array_type, array, index)
+
+        rows = [_load(builder, row(signature.args[0], source, start, row_step, r)) for r in range(LANES)]
+        distance = LANES // 2
+        while distance:
+            low = _lane_order([c if not c & distance else LANES + (c ^ distance) for c in range(LANES)])
+            high = _lane_order([c | distance if not c & distance else LANES + c for c in range(LANES)])
+            for upper in (r for r in range(LANES) if not r & distance):
+                pair = rows[upper], rows[upper + distance]
+                rows[upper] = builder.shuffle_vector(*pair, low)
+                rows[upper + distance] = builder.shuffle_vector(*pair, high)
+            distance //= 2
+        for r, value in enumerate(rows):
+            _store(builder, value, row(signature.args[3], target, target_start, target_row_step, r))
+        return context.get_dummy_value()
+
+    return types.void(source, *[types.intp] * 2, target, *[types.intp] * 2), generate
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compilation, cached between processes.
+
+
+def _cache_root() -> Path | None:
+    """The user's folder for caches (NUMBA_CACHE_DIR if set), or None if there is no home."""
+    if numba.config.CACHE_DIR:  # type: ignore
+        return Path(numba.config.CACHE_DIR)  # type: ignore
+    try:
+        home = Path.home()
+    except RuntimeError:
+        return None
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", home / "AppData" / "Local")) / "mambastyle"
+    if sys.platform == "darwin":
+        return home / "Library" / "Caches" / "mambastyle"
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "mambastyle"
+
+
+def _kernel(function: Callable[..., Any]) -> Any:
+    """Compiles a function at its first call, without the GIL, and keeps the machine code for later processes.
+
+    Numba would look at the time stamp and size of this file, and put its files beside it. Installations may be
+    read-only, and two of them may share stamps, so the folder is in the user's cache and named after a hash of the
+    source; Numba itself tells processors apart. Where nothing can be written, every process compiles.
+    """
+    options = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
+    root = _cache_root()
+    if root is None:
+        _log.info("no folder for compiled kernels: they are compiled in every process")
+        return numba.njit(function, **options)
+    previous = numba.config.CACHE_DIR  # type: ignore
+    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+    numba.config.CACHE_DIR = str(root / f"kernels-{source}")  # type: ignore
+    try:
+        return numba.njit(function, cache=True, **options)
+    # Numba raises RuntimeError when it finds no folder that it can write to.
+    except (RuntimeError, OSError) as error:
+        _log.info("no folder for compiled kernels (%s): they are compiled in every process", error)
+        return numba.njit(function, **options)
+    finally:
+        numba.config.CACHE_DIR = previous  # type: ignore
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels. All arrays are flat float32. A block is 16 channels of one group of one image, its tiles are [step, lane];
+# the last block of a group may have fewer `rows`, and its other lanes compute on zeros and are never stored.
+
+
+@_kernel
+def _load_tile(source, start, length, tile, steps, rows):  # type: ignore
+    """tile[step, lane] = source[start + lane * length + step]."""
+    step = 0
+    if rows == LANES:
+        while step + LANES <= steps:
+            transpose(source, start + step, length, tile, step * LANES, LANES)
+            step += LANES
+    while step < steps:
+        for lane in range(rows):
+            tile[step * LANES + lane] = source[start + lane * length + step]
+        for lane in range(rows, LANES):
+            tile[step * LANES + lane] = np.float32(0)
+        step += 1
+
+
+@_kernel
+def _store_tile(tile, target, start, length, steps, rows):  # type: ignore
+    """target[start + lane * length + step] = tile[step, lane]."""
+    step = 0
+    if rows == LANES:
+        while step + LANES <= steps:
+            transpose(tile, step * LANES, LANES, target, start + step, length)
+            step += LANES
+    while step < steps:
+        for lane in range(rows):
+            target[start + lane * length + step] = tile[step * LANES + lane]
+        step += 1
+
+
+@_kernel
+def _load_lanes(source, start, step, target, index, factor, rows):  # type: ignore
+    """target[index + lane] = factor * source[start + lane * step], and zero beyond the rows."""
+    for lane in range(rows):
+        target[index + lane] = factor * source[start + lane * step]
+    for lane in range(rows, LANES):
+        target[index + lane] = np.float32(0)
+
+
+@_kernel
+def _scan_forward(  # type: ignore
+    u, delta, A, B, C, D, bias, use_softplus, y, last, starts, keep_starts,
+    channels, groups, length, state, A_image, D_image, first, end, scratch,
+):  # fmt: skip
+    """Blocks first..end-1. B, C are (batch, groups, length, state); `starts` gets the state before every tile."""
+    group = channels // groups
+    blocks = (group + LANES - 1) // LANES
+    chunks = (length + CHUNK - 1) // CHUNK
+    size = CHUNK * LANES
+    u_tile = scratch[0:size]  # becomes y
+    d_tile = scratch[size : 2 * size]
+    A_lanes = scratch[2 * size : 2 * size + state * LANES]  # log2(e) A, so that exp is exp2
+    h_lanes = scratch[2 * size + state * LANES : 2 * size + 2 * state * LANES]
+    parameter = scratch[2 * size + 2 * state * LANES :]
+    for block in range(first, end):
+        image_group = block // blocks
+        image = image_group // groups
+        in_group = block % blocks * LANES
+        channel = image_group % groups * group + in_group
+        rows = min(LANES, group - in_group)
+        data = (image * channels + channel) * length
+        for n in range(state):
+            _load_lanes(A, (image * A_image + channel) * state + n, state, A_lanes, n * LANES, _LOG2_E, rows)
+            store(h_lanes, n * LANES, splat(np.float32(0)))
+        _load_lanes(D, image * D_image + channel, 1, parameter, 0, np.float32(1), rows)
+        D_block = load(parameter, 0)
+        _load_lanes(bias, channel, 1, parameter, 0, np.float32(1), rows)
+        bias_block = load(parameter, 0)
+        for chunk in range(chunks):
+            start = chunk * CHUNK
+            steps = min(CHUNK, length - start)
+            if keep_starts:
+                for n in range(state):
+                    store(starts, ((block * chunks + chunk) * state + n) * LANES, load(h_lanes, n * LANES))
+            _load_tile(u, data + start, length, u_tile, steps, rows)
+            _load_tile(delta, data + start, length, d_tile, steps, rows)
+            if use_softplus:
+                for step in range(steps):
+                    store(d_tile, step * LANES, softplus(load(d_tile, step * LANES) + bias_block))
+            else:
+                for step in range(steps):
+                    store(d_tile, step * LANES, load(d_tile, step * LANES) + bias_block)
+            if state == 1:
+                h = load(h_lanes, 0)
+                A_0 = load(A_lanes, 0)
+                for step in range(steps):
+                    d = load(d_tile, step * LANES)
+                    u_t = load(u_tile, step * LANES)
+                    now = image_group * length + start + step
+                    h = fma(exp2(d * A_0), h, d * u_t * broadcast(B, now))
+                    store(u_tile, step * LANES, fma(h, broadcast(C, now), D_block * u_t))
+                store(h_lanes, 0, h)
+            else:
+                for step in range(steps):
+                    d = load(d_tile, step * LANES)
+                    u_t = load(u_tile, step * LANES)
+                    du = d * u_t
+                    # Two sums, for two chains of additions that do not wait for each other.
+                    y_even = D_block * u_t
+                    y_odd = splat(np.float32(0))
+                    now = (image_group * length + start + step) * state
+                    for half in range(state // 2):
+                        n = 2 * half
+                        lanes = n * LANES
+                        h = fma(
+                            exp2(d * load(A_lanes, lanes)), load(h_lanes, lanes), du * broadcast(B, now + n)
+                        )
+                        store(h_lanes, lanes, h)
+                        y_even = fma(h, broadcast(C, now + n), y_even)
+                        n += 1
+                        lanes += LANES
+                        h = fma(
+                            exp2(d * load(A_lanes, lanes)), load(h_lanes, lanes), du * broadcast(B, now + n)
+                        )
+                        store(h_lanes, lanes, h)
+                        y_odd = fma(h, broadcast(C, now + n), y_odd)
+                    if state % 2:
+                        n = state - 1
+                        lanes = n * LANES
+                        h = fma(
+                            exp2(d * load(A_lanes, lanes)), load(h_lanes, lanes), du * broadcast(B, now + n)
+                        )
+                        store(h_lanes, lanes, h)
+                        y_even = fma(h, broadcast(C, now + n), y_even)
+                    store(u_tile, step * LANES, y_even + y_odd)
+            _store_tile(u_tile, y, data + start, length, steps, rows)
+        for lane in range(rows):
+            for n in range(state):
+                last[(image * channels + channel + lane) * state + n] = h_lanes[n * LANES + lane]
+
+
+@_kernel
+def _scan_backward(  # type: ignore
+    grad_y, grad_last, u, delta, A, B, C, D, bias, use_softplus, starts,
+    grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias,
+    channels, groups, length, state, splits, A_image, D_image, first, end, scratch,
+):  # fmt: skip
+    """Tasks first..end-1, each one run of a group's blocks over all steps, last tile first.
+
+    grad_A, grad_D and grad_bias are per image; grad_B and grad_C are (task, length, state), to be summed over the
+    tasks of a group. A tile is computed twice: forwards from its stored start, then backwards. The lanes of grad_B
+    and grad_C are summed once per tile, over all blocks of the task.
+    """
+    group = channels // groups
+    blocks = (group + LANES - 1) // LANES
+    chunks = (length + CHUNK - 1) // CHUNK
+    size = CHUNK * LANES
+    block_size = state * LANES
+    u_tile = scratch[0:size]  # becomes grad_u
+    d_tile = scratch[size : 2 * size]
+    slope_tile = scratch[2 * size : 3 * size]  # d d_t / d delta_t, becomes grad_delta
+    gy_tile = scratch[3 * size : 4 * size]
+    decay_tile = scratch[4 * size : 4 * size + CHUNK * block_size]
+    used = 4 * size + CHUNK * block_size
+    kept_tile = scratch[used : used + CHUNK * block_size]  # exp(d A) h_{t-1}
+    used += CHUNK * block_size
+    gB_tile = scratch[used : used + CHUNK * block_size]
+    used += CHUNK * block_size
+    gC_tile = scratch[used : used + CHUNK * block_size]
+    used += CHUNK * block_size
+    A_lanes = scratch[used : used + block_size]
+    used += block_size
+    h_lanes = scratch[used : used + block_size]
+    used += block_size
+    gA_lanes = scratch[used : used + block_size]
+    used += block_size
+    parameter = scratch[used : used + 2 * LANES]
+    used += 2 * LANES
+    gh_lanes = scratch[used:]  # of all blocks: what later tiles say about the state
+    zero = splat(np.float32(0))
+    one = splat(np.float32(1))
+    ln_2 = splat(_LN_2)
+    for task in range(first, end):
+        image_group = task // splits
+        image = image_group // groups
+        first_block = blocks * (task % splits) // splits
+        end_block = blocks * (task % splits + 1) // splits
+        for block in range(first_block, end_block):
+            row = image * channels + image_group % groups * group + block * LANES
+            rows = min(LANES, group - block * LANES)
+            for n in range(state):
+                _load_lanes(
+                    grad_last,
+                    row * state + n,
+                    state,
+                    gh_lanes,
+                    block * block_size + n * LANES,
+                    np.float32(1),
+                    rows,
+                )
+            for lane in range(rows):
+                for n in range(state):
+                    grad_A[(row + lane) * state + n] = np.float32(0)
+                grad_D[row + lane] = np.float32(0)
+                grad_bias[row + lane] = np.float32(0)
+        for chunk in range(chunks - 1, -1, -1):
+            start = chunk * CHUNK
+            steps = min(CHUNK, length - start)
+            for index in range(steps * state):
+                store(gB_tile, index * LANES, zero)
+                store(gC_tile, index * LANES, zero)
+            for block in range(first_block, end_block):
+                channel = image_group % groups * group + block * LANES
+                rows = min(LANES, group - block * LANES)
+                row = image * channels + channel
+                data = row * length + start
+                block_start = ((image_group * blocks + block) * chunks + chunk) * block_size
+                for n in range(state):
+                    _load_lanes(
+                        A, (image * A_image + channel) * state + n, state, A_lanes, n * LANES, _LOG2_E, rows
+                    )
+                    store(h_lanes, n * LANES, load(starts, block_start + n * LANES))
+                    store(gA_lanes, n * LANES, zero)
+                _load_lanes(D, image * D_image + channel, 1, parameter, 0, np.float32(1), rows)
+                D_block = load(parameter, 0)
+                _load_lanes(bias, channel, 1, parameter, 0, np.float32(1), rows)
+                bias_block = load(parameter, 0)
+                _load_tile(u, data, length, u_tile, steps, rows)
+                _load_tile(delta, data, length, d_tile, steps, rows)
+                _load_tile(grad_y, data, length, gy_tile, steps, rows)
+                for step in range(steps):
+                    raw = load(d_tile, step * LANES) + bias_block
+                    if use_softplus:
+                        store(d_tile, step * LANES, softplus(raw))
+                        store(slope_tile, step * LANES, logistic(raw))
+                    else:
+                        store(d_tile, step * LANES, raw)
+                        store(slope_tile, step * LANES, one)
+
+                for step in range(steps):
+                    d = load(d_tile, step * LANES)
+                    du = d * load(u_tile, step * LANES)
+                    gy = load(gy_tile, step * LANES)
+                    now = (image_group * length + start + step) * state
+                    for n in range(state):
+                        lanes = n * LANES
+                        entry = (step * state + n) * LANES
+                        decay = exp2(d * load(A_lanes, lanes))
+                        kept = decay * load(h_lanes, lanes)
+                        h = fma(du, broadcast(B, now + n), kept)
+                        store(h_lanes, lanes, h)
+                        store(decay_tile, entry, decay)
+                        store(kept_tile, entry, kept)
+                        store(gC_tile, entry, fma(gy, h, load(gC_tile, entry)))
+
+                gD = zero
+                gbias = zero
+                gh_start = block * block_size
+                for step in range(steps - 1, -1, -1):
+                    d = load(d_tile, step * LANES)
+                    u_t = load(u_tile, step * LANES)
+                    du = d * u_t
+                    gy = load(gy_tile, step * LANES)
+                    through_drive = zero
+                    through_decay = zero
+                    now = (image_group * length + start + step) * state
+                    for n in range(state):
+                        lanes = n * LANES
+                        entry = (step * state + n) * LANES
+                        gh = fma(gy, broadcast(C, now + n), load(gh_lanes, gh_start + lanes))
+                        gexponent = gh * load(kept_tile, entry)
+                        through_decay = fma(gexponent, load(A_lanes, lanes), through_decay)
+                        store(gA_lanes, lanes, fma(gexponent, d, load(gA_lanes, lanes)))
+                        through_drive = fma(gh, broadcast(B, now + n), through_drive)
+                        store(gB_tile, entry, fma(gh, du, load(gB_tile, entry)))
+                        store(gh_lanes, gh_start + lanes, gh * load(decay_tile, entry))
+                    # A_lanes carries log2(e), which ln(2) takes out again.
+                    gdelta = fma(through_drive, u_t, through_decay * ln_2) * load(slope_tile, step * LANES)
+                    store(slope_tile, step * LANES, gdelta)
+                    store(u_tile, step * LANES, fma(through_drive, d, gy * D_block))
+                    gbias = gbias + gdelta
+                    gD = fma(gy, u_t, gD)
+                store(parameter, 0, gD)
+                store(parameter, LANES, gbias)
+                for lane in range(rows):
+                    for n in range(state):
+                        grad_A[(row + lane) * state + n] += gA_lanes[n * LANES + lane]
+                    grad_D[row + lane] += parameter[lane]
+                    grad_bias[row + lane] += parameter[LANES + lane]
+                _store_tile(u_tile, grad_u, data, length, steps, rows)
+                _store_tile(slope_tile, grad_delta, data, length, steps, rows)
+            for index in range(steps * state):
+                grad_B[(task * length + start) * state + index] = sum_lanes(load(gB_tile, index * LANES))
+                grad_C[(task * length + start) * state + index] = sum_lanes(load(gC_tile, index * LANES))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The ops that PyTorch sees. Every buffer is torch's, so that its switch to fill fresh memory with NaN reaches them all.
+
+
+def _flat(x: Tensor) -> np.ndarray:
+    return x.detach().contiguous().view(-1).numpy()
+
+
+def _per_channel(x: Tensor | None, u: Tensor) -> np.ndarray:
+    return _flat(u.new_zeros(u.shape[1]) if x is None else x)
+
+
+def _time_major(x: Float[Tensor, "batch groups state length"]) -> np.ndarray:
+    return _flat(x.transpose(-1, -2))
+
+
+def _blocks(channels: int, groups: int) -> int:
+    return groups * -(-(channels // groups) // LANES)
+
+
+@torch.library.custom_op("mambastyle::selective_scan", mutates_args=(), device_types="cpu")
+def scan_op(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    keep_starts: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The scan of float32 tensors: y, the last state, and the state before each tile if `keep_starts`, else nothing.
+
+    Shapes as in `selective_scan`, with B and C (batch, groups, state, length). `keep_starts` is needed for gradients.
+    """
+    batch, channels, length = u.shape
+    groups, state = B.shape[1:3]
+    y, last, starts = _empty_outputs(u, A, B, keep_starts)
+    arrays = [_flat(u), _flat(delta), _flat(A), _time_major(B), _time_major(C)]
+    arrays += [_per_channel(D, u), _per_channel(delta_bias, u)]
+    outputs = [x.view(-1).numpy() for x in (y, last, starts)]
+    sizes = (channels, groups, length, state, _image_step(A, 3, channels), _image_step(D, 2, channels))
+    scratch = (2 * CHUNK + 2 * state + 1) * LANES
+
+    def kernel(first: int, end: int) -> None:
+        _scan_forward(
+            *arrays, delta_softplus, *outputs, keep_starts, *sizes, first, end, u.new_empty(scratch).numpy()
+        )
+
+    run_ranges(kernel, batch * _blocks(channels, groups), parallel=u.numel() * state > SERIAL_STATE_STEPS)
+    return y, last, starts
+
+
+def _image_step(x: Tensor | None, per_image: int, channels: int) -> int:
+    """How far apart the parameters of two images lie: 0 if the images share them."""
+    return channels if x is not None and x.ndim == per_image else 0
+
+
+def _empty_outputs(u: Tensor, A: Tensor, B: Tensor, keep_starts: bool) -> tuple[Tensor, Tensor, Tensor]:
+    batch, channels, length = u.shape
+    state = A.shape[-1]
+    chunks = -(-length // CHUNK) if keep_starts else 0
+    return (
+        u.new_empty(batch, channels, length),
+        u.new_empty(batch, channels, state),
+        u.new_empty(batch * _blocks(channels, B.shape[1]), chunks, state, LANES),
+    )
+
+
+@scan_op.register_fake
+def _(u, delta, A, B, C, D, delta_bias, delta_softplus, keep_starts):  # type: ignore
+    return _empty_outputs(u, A, B, keep_starts)
+
+
+@torch.library.custom_op("mambastyle::selective_scan_backward", mutates_args=(), device_types="cpu")
+def scan_backward_op(
+    grad_y: Tensor | None,
+    grad_last: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    starts: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, delta, A, B, C, D and delta_bias, the last two (channels,) of no use if they were not given."""
+    batch, channels, length = u.shape
+    groups, state = B.shape[1:3]
+    blocks = _blocks(channels, groups) // groups
+    splits = max(1, min(blocks, SPLITS // (batch * groups)))
+    tasks = batch * groups * splits
+    grad_y = torch.zeros_like(u) if grad_y is None else grad_y
+    grad_last = u.new_zeros(batch, channels, state) if grad_last is None else grad_last
+
+    arrays = [
+        _flat(grad_y),
+        _flat(grad_last),
+        _flat(u),
+        _flat(delta),
+        _flat(A),
+        _time_major(B),
+        _time_major(C),
+    ]
+    arrays += [_per_channel(D, u), _per_channel(delta_bias, u)]
+    grad_u, grad_delta = u.new_empty(u.shape), u.new_empty(u.shape)
+    grad_A = u.new_empty(batch, channels, state)
+    grad_B, grad_C = (u.new_empty(batch, groups, splits, length, state) for _ in range(2))
+    grad_D, grad_bias = u.new_empty(batch, channels), u.new_empty(batch, channels)
+    outputs = [x.view(-1).numpy() for x in (grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias)]
+    sizes = (channels, groups, length, state, splits)
+    sizes += (_image_step(A, 3, channels), _image_step(D, 2, channels))
+    scratch = (4 * CHUNK + 4 * CHUNK * state + 3 * state + 2 + blocks * state) * LANES
+
+    def kernel(first: int, end: int) -> None:
+        _scan_backward(
+            *arrays, delta_softplus, _flat(starts), *outputs, *sizes, first, end, u.new_empty(scratch).numpy()
+        )
+
+    run_ranges(kernel, tasks, parallel=4 * u.numel() * state > SERIAL_STATE_STEPS)
+    return (
+        grad_u,
+        grad_delta,
+        grad_A if A.ndim == 3 else grad_A.sum(0),
+        grad_B.sum(2).transpose(-1, -2).contiguous(),
+        grad_C.sum(2).transpose(-1, -2).contiguous(),
+        grad_D if D is not None and D.ndim == 2 else grad_D.sum(0),
+        grad_bias.sum(0),
+    )
+
+
+@scan_backward_op.register_fake
+def _(grad_y, grad_last, u, delta, A, B, C, D, delta_bias, delta_softplus, starts):  # type: ignore
+    channels = u.shape[1]
+    return (
+        *(x.new_empty(x.shape) for x in (u, delta, A, B, C)),
+        u.new_empty(channels) if D is None else u.new_empty(D.shape),
+        u.new_empty(channels),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, ctx.delta_softplus, keep_starts = inputs
+    # Without this, autograd would make zeros of the size of all stored states.
+    ctx.set_materialize_grads(False)
+    ctx.keep_starts = keep_starts
+    ctx.save_for_backward(*tensors, output[2])
+
+
+def _backward(ctx: Any, grad_y: Tensor | None, grad_last: Tensor | None, grad_starts: None) -> tuple:
+    *tensors, starts = ctx.saved_tensors
+    grads = torch.ops.mambastyle.selective_scan_backward(
+        grad_y, grad_last, *tensors, ctx.delta_softplus, starts
+    )
+    return (*(None if x is None else grad for x, grad in zip(tensors, grads, strict=True)), None, None)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError(
+        "the 'numba' selective scan has no second derivative: run it with backend='reference' "
+        "where gradients are differentiated again (gradient penalties)"
+    )
+
+
+torch.library.register_autograd("mambastyle::selective_scan", _backward, setup_context=_setup_context)
+torch.library.register_autograd("mambastyle::selective_scan_backward", _no_second_derivative)
+
+
+@register_flop_formula(torch.ops.mambastyle.selective_scan)
+def _flops(u_shape, delta_shape, A_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore
+    """9 per state and step, as VMamba's counter and mamba-ssm's paper count it, plus 2 for D u."""
+    batch, channels, length = u_shape
+    return batch * channels * length * (9 * A_shape[-1] + 2)
+
+
+@register_flop_formula(torch.ops.mambastyle.selective_scan_backward)
+def _backward_flops(
+    gy_shape, gl_shape, u_shape, delta_shape, A_shape, *args, out_shape=None, **kwargs
+) -> int:  # type: ignore
+    """Twice the forward pass, as for a matrix product."""
+    return 2 * _flops(u_shape, delta_shape, A_shape)
+
+
+def scan(
+    u: Float[Tensor, "batch channels length"],
+    delta: Float[Tensor, "batch channels length"],
+    A: Float[Tensor, "channels state"] | Float[Tensor, "batch channels state"],
+    B: Float[Tensor, "batch groups state length"],
+    C: Float[Tensor, "batch groups state length"],
+    D: Float[Tensor, " channels"] | Float[Tensor, "batch channels"] | None,
+    delta_bias: Float[Tensor, " channels"] | None,
+    delta_softplus: bool,
+) -> tuple[Float[Tensor, "batch channels length"], Float[Tensor, "batch channels state"]]:
+    """`selective_scan` of float32 tensors without gate: y and the last state."""
+    tensors = (u, delta, A, B, C, D, delta_bias)
+    keep_starts = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    y, last_state, _ = torch.ops.mambastyle.selective_scan(*tensors, delta_softplus, keep_starts)
+    return y, last_state
