@@ -1,0 +1,1 @@
+"""One paper, one file: its Config on top, its networks below."""
