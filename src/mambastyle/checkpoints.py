@@ -31,7 +31,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .files import write_whole
+from mambastyle.files import write_whole
 
 FORMAT = "mambastyle"
 VERSION = 1

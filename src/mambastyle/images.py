@@ -23,12 +23,12 @@ from jaxtyping import Float
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from .checkpoints import nearest
-from .files import write_whole
+from mambastyle.checkpoints import nearest
+from mambastyle.files import write_whole
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 # What Pillow may try. Its other plugins (EPS runs Ghostscript) have no business with a stranger's file.
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "TGA")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "TGA")
 _WRITERS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 # What Pillow's decoders raise on damaged files.
 _DECODING_ERRORS = (

@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import checkpoints
-from ..checkpoints import CheckpointError, nearest
+from mambastyle import checkpoints
+from mambastyle.checkpoints import CheckpointError, nearest
 
 KIND = "directions"
 Space = Literal["w", "w+"]
