@@ -33,6 +33,7 @@ from mambastyle.ops.selective_scan.cpu_threads import run_ranges
 _log = logging.getLogger(__name__)
 
 LANES = 16
+STATES = 4  # computed together: as many as leave their A, h and gradients in registers
 CHUNK = 64  # steps per tile, and between the states that the backward pass starts from
 SPLITS = 16  # the backward pass cuts the channels until it has this many tasks; fixed, so sums never depend on threads
 SERIAL_STATE_STEPS = (
@@ -40,11 +41,13 @@ SERIAL_STATE_STEPS = (
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A vector of 16 floats for Numba. LLVM splits it where registers are shorter (AVX2, SSE, NEON).
+# Two types for Numba: a vector of 16 floats, and four of them, for four states. LLVM splits the vectors where registers
+# are shorter (AVX2, SSE, NEON).
 
 _FLOAT = ir.FloatType()
 _INT = ir.IntType(32)
 _FLOATS = ir.VectorType(_FLOAT, LANES)
+_FOUR_FLOATS = ir.ArrayType(_FLOATS, STATES)
 _INTS = ir.VectorType(_INT, LANES)
 _UNDEFINED = ir.Constant(_FLOATS, ir.Undefined)
 
@@ -74,18 +77,22 @@ _LOG2_E = np.float32(1.4426950408889634)
 _LN_2 = np.float32(0.6931471805599453)
 
 
-class _VectorType(types.Type):
-    def __init__(self) -> None:
-        super().__init__(name="float32x16")
+class _RegisterType(types.Type):
+    """A value that lives in registers: the Numba type `name` for the LLVM type `llvm_type`."""
+
+    def __init__(self, name: str, llvm_type: ir.Type) -> None:
+        super().__init__(name=name)
+        self.llvm_type = llvm_type
 
 
-_vector = _VectorType()
+_vector = _RegisterType("float32x16", _FLOATS)
+_quad = _RegisterType("float32x16x4", _FOUR_FLOATS)
 
 
-@register_model(_VectorType)
-class _VectorModel(models.PrimitiveModel):
+@register_model(_RegisterType)
+class _RegisterModel(models.PrimitiveModel):
     def __init__(self, manager: Any, frontend_type: Any) -> None:
-        super().__init__(manager, frontend_type, _FLOATS)
+        super().__init__(manager, frontend_type, frontend_type.llvm_type)
 
 
 def _floats(value: float) -> ir.Constant:
@@ -123,6 +130,35 @@ def _call(builder: Any, name: str, *values: Any) -> Any:
     """Calls an LLVM intrinsic on vectors."""
     function_type = ir.FunctionType(_FLOATS, [_FLOATS] * len(values))
     return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), values)
+
+
+def _join(builder: Any, vectors: list[Any]) -> Any:
+    quad = ir.Constant(_FOUR_FLOATS, ir.Undefined)
+    for number, vector in enumerate(vectors):
+        quad = builder.insert_value(quad, vector, number)
+    return quad
+
+
+def _split(builder: Any, value: Any) -> list[Any]:
+    """The four vectors of a quad; a vector stands for four equal ones."""
+    if value.type == _FLOATS:
+        return [value] * STATES
+    return [builder.extract_value(value, number) for number in range(STATES)]
+
+
+def _each(builder: Any, result: Any, operation: Callable[..., Any], arguments: Any) -> Any:
+    """The operation on vectors, or on each vector of the quads if the result is a quad."""
+    if result is _vector:
+        return operation(*arguments)
+    split = [_split(builder, argument) for argument in arguments]
+    return _join(builder, [operation(*vectors) for vectors in zip(*split, strict=True)])
+
+
+def _widest(*arguments: Any) -> Any:
+    """The Numba type of an operation on vectors and quads, None if there is another type among them."""
+    if not all(isinstance(argument, _RegisterType) for argument in arguments):
+        return None
+    return _quad if _quad in arguments else _vector
 
 
 def _fma(builder: Any, x: Any, y: Any, z: Any) -> Any:
@@ -175,14 +211,11 @@ def _exp_minus_abs(context: Any, builder: Any, x: Any) -> Any:
 def _register_operator(function: Any, instruction: str) -> None:
     @type_callable(function)
     def _type(context: Any) -> Any:
-        def typer(x: Any, y: Any) -> Any:
-            return _vector if x is _vector and y is _vector else None
+        return lambda x, y: _widest(x, y)
 
-        return typer
-
-    @lower_builtin(function, _vector, _vector)
+    @lower_builtin(function, _RegisterType, _RegisterType)
     def _lower(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return getattr(builder, instruction)(*arguments)
+        return _each(builder, signature.return_type, getattr(builder, instruction), arguments)
 
 
 for _function, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul")):
@@ -200,14 +233,31 @@ def load(typing_context, array, index):  # type: ignore  # the arguments are Num
 
 
 @intrinsic
-def store(typing_context, array, index, vector):  # type: ignore
-    """array[index : index + 16] = vector."""
+def load_states(typing_context, array, index):  # type: ignore
+    """array[index : index + 64], four states of 16 channels."""
 
     def generate(context, builder, signature, arguments):
-        _store(builder, arguments[2], _address(context, builder, signature.args[0], *arguments[:2]))
+        array, index = arguments
+        starts = [builder.add(index, ir.Constant(index.type, number * LANES)) for number in range(STATES)]
+        addresses = [_address(context, builder, signature.args[0], array, start) for start in starts]
+        return _join(builder, [_load(builder, address) for address in addresses])
+
+    return _quad(array, types.intp), generate
+
+
+@intrinsic
+def store(typing_context, array, index, value):  # type: ignore
+    """array[index : index + 16 or 64] = value, a vector or a quad."""
+
+    def generate(context, builder, signature, arguments):
+        array, index, value = arguments
+        vectors = [value] if signature.args[2] is _vector else _split(builder, value)
+        for number, vector in enumerate(vectors):
+            start = builder.add(index, ir.Constant(index.type, number * LANES))
+            _store(builder, vector, _address(context, builder, signature.args[0], array, start))
         return context.get_dummy_value()
 
-    return types.void(array, types.intp, vector), generate
+    return types.void(array, types.intp, value), generate
 
 
 @intrinsic
@@ -221,6 +271,19 @@ def broadcast(typing_context, array, index):  # type: ignore
 
 
 @intrinsic
+def broadcast_states(typing_context, array, index):  # type: ignore
+    """array[index : index + 4], each in every lane of its vector."""
+
+    def generate(context, builder, signature, arguments):
+        array, index = arguments
+        indices = [builder.add(index, ir.Constant(index.type, number)) for number in range(STATES)]
+        addresses = [_address(context, builder, signature.args[0], array, i) for i in indices]
+        return _join(builder, [_splat(builder, builder.load(address)) for address in addresses])
+
+    return _quad(array, types.intp), generate
+
+
+@intrinsic
 def splat(typing_context, value):  # type: ignore
     """One float32 in every lane."""
 
@@ -231,21 +294,44 @@ def splat(typing_context, value):  # type: ignore
 
 
 @intrinsic
+def repeat(typing_context, vector):  # type: ignore
+    """The vector for each of four states."""
+
+    def generate(context, builder, signature, arguments):
+        return _join(builder, _split(builder, arguments[0]))
+
+    return _quad(_vector), generate
+
+
+@intrinsic
 def fma(typing_context, x, y, z):  # type: ignore
     """x * y + z, in one rounding where the machine has it."""
 
     def generate(context, builder, signature, arguments):
-        return _fma(builder, *arguments)
+        return _each(builder, signature.return_type, lambda *xyz: _fma(builder, *xyz), arguments)
 
-    return _vector(_vector, _vector, _vector), generate
+    return _widest(x, y, z)(x, y, z), generate
+
+
+@intrinsic
+def dot_states(typing_context, x, y, start):  # type: ignore
+    """start + the sum of x * y over the four states: a vector."""
+
+    def generate(context, builder, signature, arguments):
+        x, y, total = arguments
+        for pair in zip(_split(builder, x), _split(builder, y), strict=True):
+            total = _fma(builder, *pair, total)
+        return total
+
+    return _vector(_quad, _quad, _vector), generate
 
 
 @intrinsic
 def exp2(typing_context, x):  # type: ignore
     def generate(context, builder, signature, arguments):
-        return _exp2(context, builder, arguments[0])
+        return _each(builder, signature.return_type, lambda value: _exp2(context, builder, value), arguments)
 
-    return _vector(_vector), generate
+    return _widest(x)(x), generate
 
 
 @intrinsic
@@ -415,12 +501,17 @@ def _scan_forward(  # type: ignore
     group = channels // groups
     blocks = (group + LANES - 1) // LANES
     chunks = (length + CHUNK - 1) // CHUNK
+    quads_end = state // STATES * STATES
     size = CHUNK * LANES
-    u_tile = scratch[0:size]  # becomes y
+    y_tile = scratch[0:size]  # u at first
     d_tile = scratch[size : 2 * size]
-    A_lanes = scratch[2 * size : 2 * size + state * LANES]  # log2(e) A, so that exp is exp2
-    h_lanes = scratch[2 * size + state * LANES : 2 * size + 2 * state * LANES]
-    parameter = scratch[2 * size + 2 * state * LANES :]
+    du_tile = scratch[2 * size : 3 * size]
+    used = 3 * size
+    A_lanes = scratch[used : used + state * LANES]  # log2(e) A, so that exp is exp2
+    used += state * LANES
+    h_lanes = scratch[used : used + state * LANES]
+    used += state * LANES
+    parameter = scratch[used : used + LANES]
     for block in range(first, end):
         image_group = block // blocks
         image = image_group // groups
@@ -438,61 +529,41 @@ def _scan_forward(  # type: ignore
         for chunk in range(chunks):
             start = chunk * CHUNK
             steps = min(CHUNK, length - start)
+            now = (image_group * length + start) * state
             if keep_starts:
                 for n in range(state):
                     store(starts, ((block * chunks + chunk) * state + n) * LANES, load(h_lanes, n * LANES))
-            _load_tile(u, data + start, length, u_tile, steps, rows)
+            _load_tile(u, data + start, length, y_tile, steps, rows)
             _load_tile(delta, data + start, length, d_tile, steps, rows)
-            if use_softplus:
+            for step in range(steps):
+                at = step * LANES
+                d = load(d_tile, at) + bias_block
+                if use_softplus:
+                    d = softplus(d)
+                u_t = load(y_tile, at)
+                store(d_tile, at, d)
+                store(du_tile, at, d * u_t)
+                store(y_tile, at, D_block * u_t)
+            # States outside, steps inside: A and h stay in registers, and exp2 of many steps overlap.
+            for n in range(0, quads_end, STATES):
+                A_n = load_states(A_lanes, n * LANES)
+                h = load_states(h_lanes, n * LANES)
                 for step in range(steps):
-                    store(d_tile, step * LANES, softplus(load(d_tile, step * LANES) + bias_block))
-            else:
+                    at = step * LANES
+                    entry = now + step * state + n
+                    h = fma(exp2(load(d_tile, at) * A_n), h, load(du_tile, at) * broadcast_states(B, entry))
+                    store(y_tile, at, dot_states(h, broadcast_states(C, entry), load(y_tile, at)))
+                store(h_lanes, n * LANES, h)
+            for n in range(quads_end, state):
+                A_1 = load(A_lanes, n * LANES)
+                h_1 = load(h_lanes, n * LANES)
                 for step in range(steps):
-                    store(d_tile, step * LANES, load(d_tile, step * LANES) + bias_block)
-            if state == 1:
-                h = load(h_lanes, 0)
-                A_0 = load(A_lanes, 0)
-                for step in range(steps):
-                    d = load(d_tile, step * LANES)
-                    u_t = load(u_tile, step * LANES)
-                    now = image_group * length + start + step
-                    h = fma(exp2(d * A_0), h, d * u_t * broadcast(B, now))
-                    store(u_tile, step * LANES, fma(h, broadcast(C, now), D_block * u_t))
-                store(h_lanes, 0, h)
-            else:
-                for step in range(steps):
-                    d = load(d_tile, step * LANES)
-                    u_t = load(u_tile, step * LANES)
-                    du = d * u_t
-                    # Two sums, for two chains of additions that do not wait for each other.
-                    y_even = D_block * u_t
-                    y_odd = splat(np.float32(0))
-                    now = (image_group * length + start + step) * state
-                    for half in range(state // 2):
-                        n = 2 * half
-                        lanes = n * LANES
-                        h = fma(
-                            exp2(d * load(A_lanes, lanes)), load(h_lanes, lanes), du * broadcast(B, now + n)
-                        )
-                        store(h_lanes, lanes, h)
-                        y_even = fma(h, broadcast(C, now + n), y_even)
-                        n += 1
-                        lanes += LANES
-                        h = fma(
-                            exp2(d * load(A_lanes, lanes)), load(h_lanes, lanes), du * broadcast(B, now + n)
-                        )
-                        store(h_lanes, lanes, h)
-                        y_odd = fma(h, broadcast(C, now + n), y_odd)
-                    if state % 2:
-                        n = state - 1
-                        lanes = n * LANES
-                        h = fma(
-                            exp2(d * load(A_lanes, lanes)), load(h_lanes, lanes), du * broadcast(B, now + n)
-                        )
-                        store(h_lanes, lanes, h)
-                        y_even = fma(h, broadcast(C, now + n), y_even)
-                    store(u_tile, step * LANES, y_even + y_odd)
-            _store_tile(u_tile, y, data + start, length, steps, rows)
+                    at = step * LANES
+                    entry = now + step * state + n
+                    h_1 = fma(exp2(load(d_tile, at) * A_1), h_1, load(du_tile, at) * broadcast(B, entry))
+                    store(y_tile, at, fma(h_1, broadcast(C, entry), load(y_tile, at)))
+                store(h_lanes, n * LANES, h_1)
+            _store_tile(y_tile, y, data + start, length, steps, rows)
         for lane in range(rows):
             for n in range(state):
                 last[(image * channels + channel + lane) * state + n] = h_lanes[n * LANES + lane]
@@ -507,35 +578,40 @@ def _scan_backward(  # type: ignore
     """Tasks first..end-1, each one run of a group's blocks over all steps, last tile first.
 
     grad_A, grad_D and grad_bias are per image; grad_B and grad_C are (task, length, state), to be summed over the
-    tasks of a group. A tile is computed twice: forwards from its stored start, then backwards. The lanes of grad_B
-    and grad_C are summed once per tile, over all blocks of the task.
+    tasks of a group. For every four states a tile is computed forwards from its stored start, then backwards.
+    grad_B and grad_C keep their 16 lanes apart until all blocks of the task are through with the tile.
     """
     group = channels // groups
     blocks = (group + LANES - 1) // LANES
     chunks = (length + CHUNK - 1) // CHUNK
+    quads_end = state // STATES * STATES
     size = CHUNK * LANES
     block_size = state * LANES
-    u_tile = scratch[0:size]  # becomes grad_u
+    u_tile = scratch[0:size]
     d_tile = scratch[size : 2 * size]
-    slope_tile = scratch[2 * size : 3 * size]  # d d_t / d delta_t, becomes grad_delta
-    gy_tile = scratch[3 * size : 4 * size]
-    decay_tile = scratch[4 * size : 4 * size + CHUNK * block_size]
-    used = 4 * size + CHUNK * block_size
-    kept_tile = scratch[used : used + CHUNK * block_size]  # exp(d A) h_{t-1}
-    used += CHUNK * block_size
-    gB_tile = scratch[used : used + CHUNK * block_size]
-    used += CHUNK * block_size
-    gC_tile = scratch[used : used + CHUNK * block_size]
-    used += CHUNK * block_size
+    du_tile = scratch[2 * size : 3 * size]
+    slope_tile = scratch[3 * size : 4 * size]  # d d_t / d delta_t, becomes grad_delta
+    gy_tile = scratch[4 * size : 5 * size]  # becomes grad_u
+    drive_tile = scratch[5 * size : 6 * size]  # gradient of d_t u_t
+    exponent_tile = scratch[6 * size : 7 * size]  # gradient of d_t through exp2(d_t A)
+    used = 7 * size
+    decay_tile = scratch[used : used + size * STATES]
+    used += size * STATES
+    kept_tile = scratch[used : used + size * STATES]  # exp2(d_t A) h_{t-1}
+    used += size * STATES
+    gB_tile = scratch[used : used + size * state]
+    used += size * state
+    gC_tile = scratch[used : used + size * state]
+    used += size * state
     A_lanes = scratch[used : used + block_size]
-    used += block_size
-    h_lanes = scratch[used : used + block_size]
     used += block_size
     gA_lanes = scratch[used : used + block_size]
     used += block_size
     parameter = scratch[used : used + 2 * LANES]
     used += 2 * LANES
-    gh_lanes = scratch[used:]  # of all blocks: what later tiles say about the state
+    gh_lanes = scratch[
+        used : used + blocks * block_size
+    ]  # of all blocks: what later tiles say about the state
     zero = splat(np.float32(0))
     one = splat(np.float32(1))
     ln_2 = splat(_LN_2)
@@ -548,15 +624,8 @@ def _scan_backward(  # type: ignore
             row = image * channels + image_group % groups * group + block * LANES
             rows = min(LANES, group - block * LANES)
             for n in range(state):
-                _load_lanes(
-                    grad_last,
-                    row * state + n,
-                    state,
-                    gh_lanes,
-                    block * block_size + n * LANES,
-                    np.float32(1),
-                    rows,
-                )
+                at = block * block_size + n * LANES
+                _load_lanes(grad_last, row * state + n, state, gh_lanes, at, np.float32(1), rows)
             for lane in range(rows):
                 for n in range(state):
                     grad_A[(row + lane) * state + n] = np.float32(0)
@@ -565,7 +634,8 @@ def _scan_backward(  # type: ignore
         for chunk in range(chunks - 1, -1, -1):
             start = chunk * CHUNK
             steps = min(CHUNK, length - start)
-            for index in range(steps * state):
+            now = (image_group * length + start) * state
+            for index in range(size * state // LANES):
                 store(gB_tile, index * LANES, zero)
                 store(gC_tile, index * LANES, zero)
             for block in range(first_block, end_block):
@@ -573,13 +643,12 @@ def _scan_backward(  # type: ignore
                 rows = min(LANES, group - block * LANES)
                 row = image * channels + channel
                 data = row * length + start
-                block_start = ((image_group * blocks + block) * chunks + chunk) * block_size
+                h_start = ((image_group * blocks + block) * chunks + chunk) * block_size
+                gh_start = block * block_size
                 for n in range(state):
                     _load_lanes(
                         A, (image * A_image + channel) * state + n, state, A_lanes, n * LANES, _LOG2_E, rows
                     )
-                    store(h_lanes, n * LANES, load(starts, block_start + n * LANES))
-                    store(gA_lanes, n * LANES, zero)
                 _load_lanes(D, image * D_image + channel, 1, parameter, 0, np.float32(1), rows)
                 D_block = load(parameter, 0)
                 _load_lanes(bias, channel, 1, parameter, 0, np.float32(1), rows)
@@ -588,55 +657,87 @@ def _scan_backward(  # type: ignore
                 _load_tile(delta, data, length, d_tile, steps, rows)
                 _load_tile(grad_y, data, length, gy_tile, steps, rows)
                 for step in range(steps):
-                    raw = load(d_tile, step * LANES) + bias_block
+                    at = step * LANES
+                    d = load(d_tile, at) + bias_block
+                    slope = one
                     if use_softplus:
-                        store(d_tile, step * LANES, softplus(raw))
-                        store(slope_tile, step * LANES, logistic(raw))
-                    else:
-                        store(d_tile, step * LANES, raw)
-                        store(slope_tile, step * LANES, one)
+                        slope = logistic(d)
+                        d = softplus(d)
+                    store(d_tile, at, d)
+                    store(slope_tile, at, slope)
+                    store(du_tile, at, d * load(u_tile, at))
+                    store(drive_tile, at, zero)
+                    store(exponent_tile, at, zero)
 
-                for step in range(steps):
-                    d = load(d_tile, step * LANES)
-                    du = d * load(u_tile, step * LANES)
-                    gy = load(gy_tile, step * LANES)
-                    now = (image_group * length + start + step) * state
-                    for n in range(state):
-                        lanes = n * LANES
-                        entry = (step * state + n) * LANES
-                        decay = exp2(d * load(A_lanes, lanes))
-                        kept = decay * load(h_lanes, lanes)
-                        h = fma(du, broadcast(B, now + n), kept)
-                        store(h_lanes, lanes, h)
-                        store(decay_tile, entry, decay)
-                        store(kept_tile, entry, kept)
-                        store(gC_tile, entry, fma(gy, h, load(gC_tile, entry)))
+                for n in range(0, quads_end, STATES):
+                    A_n = load_states(A_lanes, n * LANES)
+                    h = load_states(starts, h_start + n * LANES)
+                    for step in range(steps):
+                        at = step * LANES
+                        tile = n * size + at * STATES
+                        decay = exp2(load(d_tile, at) * A_n)
+                        kept = decay * h
+                        h = fma(load(du_tile, at), broadcast_states(B, now + step * state + n), kept)
+                        store(decay_tile, at * STATES, decay)
+                        store(kept_tile, at * STATES, kept)
+                        store(gC_tile, tile, fma(load(gy_tile, at), h, load_states(gC_tile, tile)))
+                    gh = load_states(gh_lanes, gh_start + n * LANES)
+                    gA = repeat(zero)
+                    for step in range(steps - 1, -1, -1):
+                        at = step * LANES
+                        tile = n * size + at * STATES
+                        entry = now + step * state + n
+                        gh = fma(load(gy_tile, at), broadcast_states(C, entry), gh)
+                        gexponent = gh * load_states(kept_tile, at * STATES)
+                        gA = fma(gexponent, load(d_tile, at), gA)
+                        store(exponent_tile, at, dot_states(gexponent, A_n, load(exponent_tile, at)))
+                        store(
+                            drive_tile, at, dot_states(gh, broadcast_states(B, entry), load(drive_tile, at))
+                        )
+                        store(gB_tile, tile, fma(gh, load(du_tile, at), load_states(gB_tile, tile)))
+                        gh = gh * load_states(decay_tile, at * STATES)
+                    store(gh_lanes, gh_start + n * LANES, gh)
+                    store(gA_lanes, n * LANES, gA)
+
+                for n in range(quads_end, state):
+                    A_1 = load(A_lanes, n * LANES)
+                    h_1 = load(starts, h_start + n * LANES)
+                    for step in range(steps):
+                        at = step * LANES
+                        tile = n * size + at
+                        decay_1 = exp2(load(d_tile, at) * A_1)
+                        kept_1 = decay_1 * h_1
+                        h_1 = fma(load(du_tile, at), broadcast(B, now + step * state + n), kept_1)
+                        store(decay_tile, at, decay_1)
+                        store(kept_tile, at, kept_1)
+                        store(gC_tile, tile, fma(load(gy_tile, at), h_1, load(gC_tile, tile)))
+                    gh_1 = load(gh_lanes, gh_start + n * LANES)
+                    gA_1 = zero
+                    for step in range(steps - 1, -1, -1):
+                        at = step * LANES
+                        tile = n * size + at
+                        entry = now + step * state + n
+                        gh_1 = fma(load(gy_tile, at), broadcast(C, entry), gh_1)
+                        gexponent_1 = gh_1 * load(kept_tile, at)
+                        gA_1 = fma(gexponent_1, load(d_tile, at), gA_1)
+                        store(exponent_tile, at, fma(gexponent_1, A_1, load(exponent_tile, at)))
+                        store(drive_tile, at, fma(gh_1, broadcast(B, entry), load(drive_tile, at)))
+                        store(gB_tile, tile, fma(gh_1, load(du_tile, at), load(gB_tile, tile)))
+                        gh_1 = gh_1 * load(decay_tile, at)
+                    store(gh_lanes, gh_start + n * LANES, gh_1)
+                    store(gA_lanes, n * LANES, gA_1)
 
                 gD = zero
                 gbias = zero
-                gh_start = block * block_size
-                for step in range(steps - 1, -1, -1):
-                    d = load(d_tile, step * LANES)
-                    u_t = load(u_tile, step * LANES)
-                    du = d * u_t
-                    gy = load(gy_tile, step * LANES)
-                    through_drive = zero
-                    through_decay = zero
-                    now = (image_group * length + start + step) * state
-                    for n in range(state):
-                        lanes = n * LANES
-                        entry = (step * state + n) * LANES
-                        gh = fma(gy, broadcast(C, now + n), load(gh_lanes, gh_start + lanes))
-                        gexponent = gh * load(kept_tile, entry)
-                        through_decay = fma(gexponent, load(A_lanes, lanes), through_decay)
-                        store(gA_lanes, lanes, fma(gexponent, d, load(gA_lanes, lanes)))
-                        through_drive = fma(gh, broadcast(B, now + n), through_drive)
-                        store(gB_tile, entry, fma(gh, du, load(gB_tile, entry)))
-                        store(gh_lanes, gh_start + lanes, gh * load(decay_tile, entry))
+                for step in range(steps):
+                    at = step * LANES
+                    u_t = load(u_tile, at)
+                    gy = load(gy_tile, at)
+                    drive = load(drive_tile, at)
                     # A_lanes carries log2(e), which ln(2) takes out again.
-                    gdelta = fma(through_drive, u_t, through_decay * ln_2) * load(slope_tile, step * LANES)
-                    store(slope_tile, step * LANES, gdelta)
-                    store(u_tile, step * LANES, fma(through_drive, d, gy * D_block))
+                    gdelta = fma(drive, u_t, load(exponent_tile, at) * ln_2) * load(slope_tile, at)
+                    store(slope_tile, at, gdelta)
+                    store(gy_tile, at, fma(drive, load(d_tile, at), gy * D_block))
                     gbias = gbias + gdelta
                     gD = fma(gy, u_t, gD)
                 store(parameter, 0, gD)
@@ -646,11 +747,17 @@ def _scan_backward(  # type: ignore
                         grad_A[(row + lane) * state + n] += gA_lanes[n * LANES + lane]
                     grad_D[row + lane] += parameter[lane]
                     grad_bias[row + lane] += parameter[LANES + lane]
-                _store_tile(u_tile, grad_u, data, length, steps, rows)
+                _store_tile(gy_tile, grad_u, data, length, steps, rows)
                 _store_tile(slope_tile, grad_delta, data, length, steps, rows)
-            for index in range(steps * state):
-                grad_B[(task * length + start) * state + index] = sum_lanes(load(gB_tile, index * LANES))
-                grad_C[(task * length + start) * state + index] = sum_lanes(load(gC_tile, index * LANES))
+            for n in range(state):
+                # A quad's tiles are [step, state of the four, lane], a single state's [step, lane].
+                quad = n < quads_end
+                tile = n // STATES * STATES * size + n % STATES * LANES if quad else n * size
+                width = STATES * LANES if quad else LANES
+                for step in range(steps):
+                    entry = (task * length + start + step) * state + n
+                    grad_B[entry] = sum_lanes(load(gB_tile, tile + step * width))
+                    grad_C[entry] = sum_lanes(load(gC_tile, tile + step * width))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -696,7 +803,7 @@ def scan_op(
     arrays += [_per_channel(D, u), _per_channel(delta_bias, u)]
     outputs = [x.view(-1).numpy() for x in (y, last, starts)]
     sizes = (channels, groups, length, state, _image_step(A, 3, channels), _image_step(D, 2, channels))
-    scratch = (2 * CHUNK + 2 * state + 1) * LANES
+    scratch = (3 * CHUNK + 2 * state + 1) * LANES
 
     def kernel(first: int, end: int) -> None:
         _scan_forward(
@@ -768,7 +875,7 @@ def scan_backward_op(
     outputs = [x.view(-1).numpy() for x in (grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias)]
     sizes = (channels, groups, length, state, splits)
     sizes += (_image_step(A, 3, channels), _image_step(D, 2, channels))
-    scratch = (4 * CHUNK + 4 * CHUNK * state + 3 * state + 2 + blocks * state) * LANES
+    scratch = (7 * CHUNK + 2 * CHUNK * STATES + 2 * CHUNK * state + 3 * state + 2 + blocks * state) * LANES
 
     def kernel(first: int, end: int) -> None:
         _scan_backward(
