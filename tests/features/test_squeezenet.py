@@ -1,7 +1,5 @@
 """SqueezeNet from a torchvision-layout file: shapes, preprocessing, gradients and what a wrong file says."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

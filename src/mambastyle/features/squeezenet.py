@@ -5,8 +5,6 @@ names (`squeezenet1_0`). Its maps serve perceptual losses, the discriminators of
 `fd_squeeze`; a number made with them is neither LPIPS nor FID.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable
 from pathlib import Path
