@@ -107,17 +107,22 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise ImageError(f"cannot write {path}: its suffix is {suffix or 'missing'}, use one of {known}")
 
 
-def find(sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
+def find(
+    sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    *,
+    suffixes: Sequence[str] = SUFFIXES,
+    what: str = "pictures",
+) -> list[Path]:
     """The pictures that files, folders and globs (`faces/*.png`, `**/*.jpg`) stand for, each once.
 
     A named file is taken whatever its suffix; of a folder (not those below it) and a glob, sorted by name,
-    the files with a picture's suffix. Raises ImageError when one of the sources stands for no picture.
+    the files with one of `suffixes`. Raises ImageError when one of the sources stands for no picture.
     """
     if isinstance(sources, str | os.PathLike):
         sources = [sources]
     found: dict[Path, None] = {}
     for source in sources:
-        found.update(dict.fromkeys(_find_one(Path(source).expanduser())))
+        found.update(dict.fromkeys(_find_one(Path(source).expanduser(), tuple(suffixes), what)))
     return list(found)
 
 
@@ -225,21 +230,23 @@ def grid(
 # ---- from files ----------------------------------------------------------------------------------------
 
 
-def _find_one(source: Path) -> list[Path]:
+def _find_one(source: Path, suffixes: tuple[str, ...], what: str) -> list[Path]:
+    def wanted(files: Iterable[Path]) -> list[Path]:
+        visible = (f for f in files if f.suffix.lower() in suffixes and not f.name.startswith("."))
+        return sorted(f for f in visible if f.is_file())
+
     if source.is_file():
         return [source]
     if source.is_dir():
-        files = [f for f in source.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")]
-        if files := sorted(f for f in files if f.is_file()):
+        if files := wanted(source.iterdir()):
             return files
-        below = next((f for f in sorted(source.rglob("*")) if f.suffix.lower() in SUFFIXES), None)
-        hint = f'; there are some below it: give "{source}/**/*"' if below else f" ({', '.join(SUFFIXES)})"
-        raise ImageError(f"no pictures in the folder {source}{hint}")
+        below = next((f for f in source.rglob("*") if f.suffix.lower() in suffixes), None)
+        hint = f'; there are some below it: give "{source}/**/*"' if below else f" ({', '.join(suffixes)})"
+        raise ImageError(f"no {what} in the folder {source}{hint}")
     if glob.has_magic(str(source)):
-        matches = (Path(match) for match in sorted(glob.glob(str(source), recursive=True)))
-        if files := [f for f in matches if f.suffix.lower() in SUFFIXES and f.is_file()]:
+        if files := wanted(Path(match) for match in glob.glob(str(source), recursive=True)):
             return files
-        raise ImageError(f"no pictures match {source}: check the pattern")
+        raise ImageError(f"no {what} match {source}: check the pattern")
     raise ImageError(_missing(source))
 
 

@@ -23,6 +23,8 @@ class Preset:
     licence: str
     reaches: str
     """Its measured numbers, in one line; docs/reproduction.md has the commands."""
+    demo_edits: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    """What `mambastyle demo` shows: directions and strengths, the strongest last."""
     files: tuple[str, ...] = (*REQUIRED_FILES, *OPTIONAL_FILES)
 
     @property
@@ -43,6 +45,7 @@ _KAOKORE64 = Preset(
     ),
     licence="CC BY-SA 4.0",
     reaches="see docs/reproduction.md",
+    demo_edits=(("gender", (-1.0, 1.0, 2.0)), ("noble", (1.0, 2.0)), ("warrior", (1.0, 2.0))),
 )
 
 PRESETS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset in (_KAOKORE64,)})

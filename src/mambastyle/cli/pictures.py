@@ -1,0 +1,326 @@
+"""`mambastyle invert`, `edit` and `render`."""
+
+import re
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mambastyle.cli.batch import Batch, chunks, progress, stems
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mambastyle.api import Inverted, Inverter
+
+SAVED = ".safetensors"
+
+
+class Format(StrEnum):
+    png = "png"
+    jpg = "jpg"
+    webp = "webp"
+
+
+Inputs = Annotated[list[str], typer.Argument(help="Pictures, folders, or globs such as 'faces/*.png'.")]
+InputsOrSaved = Annotated[
+    list[str], typer.Argument(help="Pictures, saved inversions (*.safetensors), folders, or globs.")
+]
+Saved = Annotated[list[str], typer.Argument(help="Saved inversions (*.safetensors), folders, or globs.")]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="A preset's name, or a folder with the checkpoints.")
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="The folder to write to; it is made.")]
+Form = Annotated[Format, typer.Option("--format", "-f", help="The format of the pictures.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: an accelerator if there is one.")]
+BatchSize = Annotated[int, typer.Option("--batch", min=1, help="How many pictures run at once.")]
+
+
+def invert(
+    inputs: Inputs,
+    model: Model = "kaokore64",
+    out: Out = Path("out"),
+    form: Form = Format.png,
+    batch_size: BatchSize = 16,
+    device: Device = None,
+) -> None:
+    """Invert pictures: find the latents and features from which the generator renders them again.
+
+    For each picture NAME it writes NAME.inversion.png, what the generator makes of it, and
+    NAME.inversion.safetensors, which `edit` and `render` take without encoding again.
+
+    Examples:
+
+        mambastyle invert face.png
+
+        mambastyle invert faces/ 'more/**/*.jpg' --out out --format jpg
+    """
+    batch = Batch()
+    paths = batch.find(inputs)
+    if paths:
+        inverter = _load(model, device, batch_size)
+        names = stems(paths)
+        with progress("invert", len(paths)) as bar:
+            for chunk in chunks(paths, batch_size):
+                good, pictures = _prepare(inverter, chunk, batch)
+                if good:
+                    inverted = inverter.invert(pictures, names=[names[path] for path in good])
+                    stem = [f"{names[path]}.inversion" for path in good]
+                    _write(inverter, inverted, good, stem, out, form, batch, save=True)
+                bar.advance(bar.task_ids[0], len(chunk))
+    batch.finish(out)
+
+
+def edit(
+    inputs: InputsOrSaved,
+    edits: Annotated[
+        list[str],
+        typer.Option(
+            "--edit",
+            "-e",
+            metavar="NAME[@FIRST:STOP]=STRENGTH",
+            help="A direction and how strongly; may be given again. @FIRST:STOP keeps it to these layers.",
+        ),
+    ],
+    model: Model = "kaokore64",
+    out: Out = Path("out"),
+    form: Form = Format.png,
+    grid: Annotated[
+        bool, typer.Option("--grid", help="One picture of many strengths, OUT/grid.png.")
+    ] = False,
+    strengths: Annotated[str, typer.Option(help="The strengths of --grid.")] = "-2,-1,0,1,2",
+    save: Annotated[bool, typer.Option(help="Also write the edited inversions (*.safetensors).")] = True,
+    batch_size: BatchSize = 16,
+    device: Device = None,
+) -> None:
+    """Edit pictures or saved inversions along directions (`mambastyle directions list` names them).
+
+    For each NAME and edit gender=1.5 it writes NAME.gender+1.5.png, and beside it the edited inversion, which
+    may be edited again. With --grid, a direction without a strength runs through all --strengths, and one
+    with a strength holds in every column.
+
+    Examples:
+
+        mambastyle edit face.png -e gender=1.5
+
+        mambastyle edit out/face.inversion.safetensors -e gender=1.5 -e warrior=-1
+
+        mambastyle edit face.png -e gender@0:4=2      (the coarse layers only)
+
+        mambastyle edit faces/ -e gender -e noble --grid --strengths=-2,0,2
+    """
+    from mambastyle.latents.directions import DirectionError
+
+    batch = Batch()
+    parsed = [_parse_edit(text) for text in edits]
+    swept = [name for name, strength in parsed if strength is None]
+    if grid and not swept:
+        raise DirectionError(
+            f"--grid needs a direction without a strength: -e {parsed[0][0]} (not {edits[0]})"
+        )
+    if swept and not grid:
+        raise DirectionError(f"the edit {swept[0]!r} has no strength: write {swept[0]}=1.5, or add --grid")
+    values = _parse_strengths(strengths) if grid else []
+    paths = batch.find(inputs)
+    if not paths:
+        return batch.finish(out)
+    inverter = _load(model, device, batch_size)
+    resolved = inverter.directions.resolve(_at_layers(inverter, parsed))
+    fixed = [pair for pair, (_, given) in zip(resolved, parsed, strict=True) if given is not None]
+    sweeps = [pair[0] for pair, (_, given) in zip(resolved, parsed, strict=True) if given is None]
+    if grid:
+        return _grid(inverter, paths, fixed, sweeps, values, out / f"grid.{form.value}", batch)
+
+    suffix = ".".join(f"{_file_name(name)}{strength:+g}" for name, strength in parsed if strength is not None)
+    names = stems(paths)
+    with progress("edit", len(paths)) as bar:
+        for chunk in chunks(paths, batch_size):
+            for good, inverted, _ in _inverted(inverter, chunk, names, batch):
+                edited = inverter.edit(inverted, fixed)
+                stem = [f"{names[path]}.{suffix}" for path in good]
+                _write(inverter, edited, good, stem, out, form, batch, save=save)
+            bar.advance(bar.task_ids[0], len(chunk))
+    batch.finish(out)
+
+
+def render(
+    inputs: Saved,
+    model: Model = "kaokore64",
+    out: Out = Path("out"),
+    form: Form = Format.png,
+    batch_size: BatchSize = 16,
+    device: Device = None,
+) -> None:
+    """Render saved inversions, edited or not, to pictures of the same name.
+
+    Examples:
+
+        mambastyle render out/face.inversion.safetensors
+
+        mambastyle render out/ --out pictures --format jpg
+    """
+    batch = Batch()
+    paths = batch.find(inputs, suffixes=(SAVED,))
+    if paths:
+        inverter = _load(model, device, batch_size)
+        with progress("render", len(paths)) as bar:
+            for path in paths:
+                with batch.attempt(path):
+                    _write_pictures(inverter, inverter.load_inversion(path), out / path.stem, form)
+                    batch.done += 1
+                bar.advance(bar.task_ids[0], 1)
+    batch.finish(out)
+
+
+def _load(model: str, device: str | None, batch_size: int) -> "Inverter":
+    from mambastyle.api import load
+
+    return load(model, device=device, batch_size=batch_size)
+
+
+def _prepare(inverter: "Inverter", paths: Sequence[Path], batch: Batch) -> tuple[list[Path], list["Tensor"]]:
+    """The pictures of a chunk that can be read, as the encoder takes them; the others are failures."""
+    good, pictures = [], []
+    for path in paths:
+        with batch.attempt(path):
+            pictures.append(inverter.prepare(path))
+            good.append(path)
+    return good, pictures
+
+
+def _inverted(
+    inverter: "Inverter", paths: Sequence[Path], names: dict[Path, str], batch: Batch
+) -> list[tuple[list[Path], "Inverted", "Tensor | None"]]:
+    """What a chunk of pictures and saved inversions stands for: (paths, inverted, originals) in runs."""
+    from torch import stack
+
+    runs: list[tuple[list[Path], Inverted, Tensor | None]] = []
+    good, pictures = _prepare(inverter, [path for path in paths if path.suffix != SAVED], batch)
+    if good:
+        runs.append((good, inverter.invert(pictures, names=[names[path] for path in good]), stack(pictures)))
+    for path in paths:
+        if path.suffix == SAVED:
+            with batch.attempt(path):
+                loaded = inverter.load_inversion(path)
+                runs.append(([path] * len(loaded), loaded, None))
+    return runs
+
+
+def _write(
+    inverter: "Inverter",
+    inverted: "Inverted",
+    paths: Sequence[Path],
+    stem: Sequence[str],
+    out: Path,
+    form: Format,
+    batch: Batch,
+    *,
+    save: bool,
+) -> None:
+    """Render a batch and write each picture, with its inversion beside it."""
+    from mambastyle import images
+
+    rendered = inverter.render(inverted, output="tensor")
+    for index, path in enumerate(paths):
+        # A saved inversion of several pictures gives several outputs.
+        number = f".{inverted.names[index]}" if len(set(stem)) < len(stem) else ""
+        with batch.attempt(path):
+            target = out / f"{stem[index]}{number}"
+            if save:
+                inverter.save_inversion(f"{target}{SAVED}", inverted[index])
+            images.write(f"{target}.{form.value}", rendered[index])
+            batch.done += 1
+
+
+def _write_pictures(inverter: "Inverter", inverted: "Inverted", target: Path, form: Format) -> None:
+    from mambastyle import images
+
+    rendered = inverter.render(inverted, output="tensor")
+    for image, name in zip(rendered, inverted.names, strict=True):
+        number = f".{name}" if len(rendered) > 1 else ""
+        images.write(f"{target}{number}.{form.value}", image)
+
+
+def _grid(
+    inverter: "Inverter",
+    paths: Sequence[Path],
+    fixed: list[Any],
+    sweeps: list[Any],
+    strengths: list[float],
+    target: Path,
+    batch: Batch,
+) -> None:
+    """One sheet: a row per picture; original, inversion, then each direction at each strength."""
+    from mambastyle import images
+
+    images.check_writable(target)
+    names = stems(paths)
+    columns = [[(direction, strength)] for direction in sweeps for strength in strengths]
+    labels = [f"{direction.name} {strength:+g}" for direction in sweeps for strength in strengths]
+    with_originals = all(path.suffix != SAVED for path in paths)
+    labels = [*(["original"] if with_originals else []), "inversion", *labels]
+    tiles: list[Tensor] = []
+    rows: list[str] = []
+    with progress("grid", len(paths)) as bar:
+        for chunk in chunks(paths, inverter.batch_size):
+            for good, inverted, originals in _inverted(inverter, chunk, names, batch):
+                sheets = [inverter.render(inverted, output="tensor")]
+                for column in columns:
+                    edited = inverter.edit(inverted, [*fixed, *column])
+                    sheets.append(inverter.render(edited, output="tensor"))
+                if originals is not None and with_originals:
+                    sheets.insert(0, images.resize(originals, inverter.resolution, inverter.resolution))
+                for row in range(len(good)):
+                    tiles += [sheet[row] for sheet in sheets]
+                rows += inverted.names
+                batch.done += len(set(good))
+            bar.advance(bar.task_ids[0], len(chunk))
+    if tiles:
+        scale = max(1, 128 // inverter.resolution)
+        sheet = images.grid(tiles, len(labels), column_labels=labels, row_labels=rows, scale=scale)
+        images.write(target, sheet)
+    batch.finish(target)
+
+
+def _parse_edit(text: str) -> tuple[str, float | None]:
+    """'gender=1.5' -> ('gender', 1.5); 'gender' -> ('gender', None)."""
+    from mambastyle.latents.directions import DirectionError, check_strength
+
+    name, equals, strength = text.partition("=")
+    name = name.strip()
+    if not name:
+        raise DirectionError(
+            f"the edit {text!r} names no direction, expected NAME=STRENGTH such as gender=1.5"
+        )
+    return name, check_strength(strength, name) if equals else None
+
+
+def _parse_strengths(text: str) -> list[float]:
+    from mambastyle.latents.directions import check_strength
+
+    return [check_strength(part.strip(), "--strengths") for part in text.split(",")]
+
+
+def _at_layers(inverter: "Inverter", parsed: list[tuple[str, float | None]]) -> list[tuple[Any, float]]:
+    """Names with @FIRST:STOP become the direction on these layers; a missing strength becomes 0."""
+    from mambastyle.latents.directions import DirectionError
+
+    edits = []
+    for text, strength in parsed:
+        name, at, layers = text.partition("@")
+        direction = inverter.directions[name]
+        if at:
+            match = re.fullmatch(r"(\d+):(\d+)", layers)
+            if match is None:
+                raise DirectionError(
+                    f"the layers of {text!r} are {layers!r}, expected FIRST:STOP such as 0:4"
+                )
+            direction = direction.on_layers(int(match[1]), int(match[2]))
+        edits.append((direction, 0.0 if strength is None else strength))
+    return edits
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w-]", "_", name.replace("@", "_").replace(":", "-"))
