@@ -1,0 +1,240 @@
+"""Metrics as pure functions of picture pairs or of feature sets.
+
+Pairs are (batch 3 height width) in [-1, 1], and every pair metric gives one value per picture (batch,), so
+that means and intervals are the caller's. Sets are (count, features), their distances computed in float64.
+`fd_squeeze`, `fd_small` and the like are a distance here plus the name of a network: never FID, never LPIPS.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+PERCEPTUAL_LAYERS = ("relu1", "fire2", "fire3", "fire5", "fire7", "fire9")
+# Scale weights of Wang et al. 2003, finest first.
+_MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+
+
+class Interval(NamedTuple):
+    """A mean and the bounds of its bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def l2(
+    image: Float[Tensor, "batch 3 height width"], other: Float[Tensor, "batch 3 height width"]
+) -> Float[Tensor, " batch"]:
+    """Mean squared difference on [-1, 1] per picture; a quarter of it is the L2 on [0, 1]."""
+    return (image.float() - other.float()).square().mean((1, 2, 3))
+
+
+def psnr(
+    image: Float[Tensor, "batch 3 height width"], other: Float[Tensor, "batch 3 height width"]
+) -> Float[Tensor, " batch"]:
+    """10 log10(4 / L2) in decibels: the peak of [-1, 1] is 2. Infinite for equal pictures."""
+    return 10 * (4 / l2(image, other)).log10()
+
+
+def ssim(
+    image: Float[Tensor, "batch 3 height width"],
+    other: Float[Tensor, "batch 3 height width"],
+    kernel_size: int = 11,
+) -> Float[Tensor, " batch"]:
+    """Structural similarity (Wang et al. 2004) per picture, by torchmetrics: Gaussian window, on RGB."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    result = structural_similarity_index_measure(
+        image.float(),
+        other.float(),
+        data_range=(-1.0, 1.0),
+        kernel_size=kernel_size,
+        sigma=1.5 if kernel_size == 11 else kernel_size / 11 * 1.5,
+        gaussian_kernel=True,
+        reduction="none",
+    )
+    if not isinstance(result, Tensor):
+        raise AssertionError("one tensor was asked for")
+    return result
+
+
+def ms_ssim_scales(height: int, width: int, kernel_size: int = 11) -> int:
+    """Scales that `ms_ssim` uses: five, or as many as leave the coarsest picture as large as the window."""
+    scales = 0
+    while scales < len(_MS_SSIM_WEIGHTS) and min(height, width) // 2**scales >= kernel_size:
+        scales += 1
+    if not scales:
+        raise ValueError(
+            f"MS-SSIM with a window of {kernel_size} takes pictures of at least {kernel_size} px,"
+            f" got {height} x {width}"
+        )
+    return scales
+
+
+def ms_ssim(
+    image: Float[Tensor, "batch 3 height width"],
+    other: Float[Tensor, "batch 3 height width"],
+    kernel_size: int = 11,
+) -> Float[Tensor, " batch"]:
+    """Multi-scale structural similarity (Wang et al. 2003, eq. 7) per picture, on RGB.
+
+    Convention: Gaussian window of `kernel_size` (sigma in proportion, 1.5 at 11), borders left out, 2x
+    average pooling between scales, negative values to 0. Five scales where the picture carries them; a smaller one
+    has `ms_ssim_scales` (3 at 64 px), whose weights are made to sum to 1 again. With five scales it agrees
+    with torchmetrics (normalize="relu") to 3e-3. Say the size and the window with the number.
+    """
+    if image.shape != other.shape:
+        raise ValueError(f"expected two pictures of one size, got {tuple(image.shape)}, {tuple(other.shape)}")
+    scales = ms_ssim_scales(image.shape[-2], image.shape[-1], kernel_size)
+    window = _gaussian(kernel_size, 1.5 * kernel_size / 11).to(image.device)
+    weights = torch.tensor(_MS_SSIM_WEIGHTS[:scales])
+    weights = weights / weights.sum() if scales < len(_MS_SSIM_WEIGHTS) else weights
+    x, y = image.float(), other.float()
+    result = torch.ones(len(x), device=x.device)
+    for scale, weight in enumerate(weights.tolist()):
+        luminance, contrast = _ssim_maps(x, y, window)
+        value = contrast * luminance if scale == scales - 1 else contrast
+        result = result * value.mean((1, 2, 3)).clamp(min=0) ** weight
+        x, y = nn.functional.avg_pool2d(x, 2), nn.functional.avg_pool2d(y, 2)
+    return result
+
+
+def perceptual(
+    features: Callable[..., Mapping[str, Tensor]],
+    image: Float[Tensor, "batch 3 height width"],
+    other: Float[Tensor, "batch 3 height width"],
+    layers: Iterable[str] = PERCEPTUAL_LAYERS,
+) -> Float[Tensor, " batch"]:
+    """Distance of maps with unit channel vectors, summed over channels and layers, mean over positions.
+
+    LPIPS (Zhang et al. 2018, eq. 1) with all its learned weights 1 and SqueezeNet 1.0 instead of 1.1, divided
+    by the number of layers: between 0 and 2. `features(image, layers)` gives the maps.
+    """
+    layers = tuple(layers)
+    ours, theirs = features(image, layers), features(other, layers)
+    distances = [(_unit(ours[name]) - _unit(theirs[name])).square().sum(1).mean((1, 2)) for name in layers]
+    return torch.stack(distances).mean(0)
+
+
+def frechet_distance(a: Float[Tensor, "count features"], b: Float[Tensor, "count2 features"]) -> float:
+    """Frechet distance of two feature sets as Gaussians (Heusel et al. 2017, eq. 6), in float64.
+
+    |m_a - m_b|^2 + tr(C_a) + tr(C_b) - 2 tr((C_a C_b)^(1/2)), the last term from the eigenvalues of the
+    symmetric C_a^(1/2) C_b C_a^(1/2), which stay real where a covariance is singular (fewer pictures than
+    features).
+    """
+    mean_a, covariance_a = _moments(a)
+    mean_b, covariance_b = _moments(b)
+    values, vectors = torch.linalg.eigh(covariance_a)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ covariance_b @ root).clamp(min=0).sqrt().sum()
+    distance = (mean_a - mean_b).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * cross
+    return max(0.0, float(distance))
+
+
+def kernel_distance(
+    a: Float[Tensor, "count features"],
+    b: Float[Tensor, "count2 features"],
+    *,
+    subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Squared maximum mean discrepancy with the kernel (x.y / features + 1)^3: mean, deviation over subsets.
+
+    The unbiased estimate of KID (Binkowski et al. 2018, section 4), so it can be slightly below zero. Where a
+    set is smaller than `subset_size`, subsets have the size of the smaller set.
+    """
+    a, b = _checked(a), _checked(b)
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"expected sets with the same features, got {a.shape[1]} and {b.shape[1]}")
+    size = min(subset_size, len(a), len(b))
+    generator = torch.Generator().manual_seed(seed)
+    estimates = []
+    for _ in range(subsets):
+        x = a[torch.randperm(len(a), generator=generator)[:size].to(a.device)]
+        y = b[torch.randperm(len(b), generator=generator)[:size].to(b.device)]
+        within_x, within_y, between = _kernel(x, x), _kernel(y, y), _kernel(x, y)
+        pairs = size * (size - 1)
+        estimate = (within_x.sum() - within_x.trace() + within_y.sum() - within_y.trace()) / pairs
+        estimates.append(estimate - 2 * between.mean())
+    values = torch.stack(estimates)
+    return float(values.mean()), float(values.std(correction=0))
+
+
+def bootstrap(
+    values: Float[Tensor, " count"], *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """Mean of per-picture values with its percentile bootstrap interval (Efron 1979)."""
+    values = values.detach().double().cpu().flatten()
+    if not len(values):
+        raise ValueError("no values to take the mean of")
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(values), (resamples, len(values)), generator=generator)
+    means = values[drawn].mean(1).sort().values
+    tail = (1 - level) / 2
+    low, high = (means[min(resamples - 1, int(q * resamples))] for q in (tail, 1 - tail))
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+@torch.no_grad()
+def pooled_features(
+    network: nn.Module, images: Float[Tensor, "count 3 height width"], batch: int = 128
+) -> Float[Tensor, "count features"]:
+    """`network.pooled` of many pictures, a batch at a time."""
+    pooled = network.pooled
+    if not callable(pooled):
+        raise TypeError(f"expected a network with pooled(image), got {type(network).__name__}")
+    return torch.cat([pooled(part.contiguous()) for part in images.split(batch)])
+
+
+def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    features = _checked(features)
+    mean = features.mean(0)
+    centred = features - mean
+    return mean, centred.T @ centred / (len(features) - 1)
+
+
+def _checked(features: Tensor) -> Tensor:
+    if features.ndim != 2 or len(features) < 2:
+        raise ValueError(f"expected features (count >= 2, features), got {tuple(features.shape)}")
+    if not torch.isfinite(features).all():
+        raise ValueError("the features hold NaN or infinity: look at the pictures they were made from")
+    return features.double()
+
+
+def _kernel(x: Tensor, y: Tensor) -> Tensor:
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def _unit(x: Tensor) -> Tensor:
+    x = x.float()
+    return x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
+
+
+def _gaussian(size: int, sigma: float) -> Tensor:
+    offsets = torch.arange(size) - (size - 1) / 2
+    weights = torch.exp(-offsets.square() / (2 * sigma**2))
+    return weights / weights.sum()
+
+
+def _ssim_maps(x: Tensor, y: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
+    """Luminance and contrast-structure maps of SSIM, the borders left out; the dynamic range is 2."""
+
+    def blur(image: Tensor) -> Tensor:
+        channels = image.shape[1]
+        down = window.view(1, 1, -1, 1).expand(channels, -1, -1, -1)
+        across = window.view(1, 1, 1, -1).expand(channels, -1, -1, -1)
+        image = nn.functional.conv2d(image, down, groups=channels)
+        return nn.functional.conv2d(image, across, groups=channels)
+
+    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    mean_x, mean_y = blur(x), blur(y)
+    variance_x = (blur(x * x) - mean_x**2).clamp(min=0)
+    variance_y = (blur(y * y) - mean_y**2).clamp(min=0)
+    covariance = blur(x * y) - mean_x * mean_y
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    return luminance, (2 * covariance + c2) / (variance_x + variance_y + c2)
