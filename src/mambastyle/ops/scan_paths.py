@@ -1,10 +1,12 @@
-"""Orders in which the positions of an image are walked, as tables for indexing: cross (VMamba, section 4.3) and zigzag.
+"""Orders in which the positions of an image are walked, as tables for indexing.
 
-A path is a permutation of the row-major positions `row * width + column`; `tokens[..., paths[k]]` puts tokens in the
-order of path k and `sequence[..., inverse_paths(paths)[k]]` brings the sequence back to row-major order.
+Cross is VMamba's (section 4.3), zigzag that of SaMam. A path is a permutation of the row-major positions
+`row * width + column`; `tokens[..., paths[k]]` puts tokens in the order of path k and
+`sequence[..., inverse_paths(paths)[k]]` brings the sequence back to row-major order.
+
+Tables are made in some ten microseconds and not cached: a cache would hand out whatever mode made its tensor
+(fake, meta), and torch.compile folds the table into the graph anyway.
 """
-
-from functools import lru_cache
 
 import torch
 from jaxtyping import Int
@@ -16,65 +18,26 @@ def cross_paths(
 ) -> Int[Tensor, "4 positions"]:
     """The four walks of VMamba's cross scan: rows, columns, rows backwards, columns backwards.
 
-    Returns a fresh int64 table of row-major positions (4, height * width); 2x3 gives
-    `0 1 2 3 4 5`, `0 3 1 4 2 5` and the reverse of each.
+    Returns an int64 table of row-major positions (4, height * width); 2x3 gives `0 1 2 3 4 5`, `0 3 1 4 2 5`
+    and the reverse of each.
     """
-    return _cross(*_checked(height, width)).to(device, copy=True)
+    positions = _positions(height, width, device)
+    forward = torch.stack((positions.flatten(), positions.T.flatten()))
+    return torch.cat((forward, forward.flip(-1)))
 
 
 def zigzag_paths(
     height: int, width: int, *, device: torch.device | str | None = None
 ) -> Int[Tensor, "4 positions"]:
-    """Four continuous walks: each line turns back where the one before it ended, so no step is longer than a pixel.
+    """Four continuous walks: each line turns back where the last one ended, so no step is longer than a pixel.
 
-    In order: from the top left along rows, from the bottom right along rows, from the top right along columns, from
-    the bottom left along columns. 2x3 gives `0 1 2 5 4 3`, `5 4 3 0 1 2`, `2 5 4 1 0 3`, `3 0 1 4 5 2`: path 1 is the
-    reverse of path 0 only when the height is odd (and path 3 of path 2 only when the width is odd).
+    In order: from the top left along rows, from the bottom right along rows, from the top right along columns,
+    from the bottom left along columns. 2x3 gives `0 1 2 5 4 3`, `5 4 3 0 1 2`, `2 5 4 1 0 3`, `3 0 1 4 5 2`:
+    path 1 is the reverse of path 0 only when the height is odd (path 3 of path 2 only when the width is).
 
-    Returns a fresh int64 table of row-major positions (4, height * width).
+    Returns an int64 table of row-major positions (4, height * width).
     """
-    return _zigzag(*_checked(height, width)).to(device, copy=True)
-
-
-def inverse_paths(paths: Int[Tensor, "*paths positions"]) -> Int[Tensor, "*paths positions"]:
-    """The table that undoes each path: `tokens[paths[k]][inverse_paths(paths)[k]]` is `tokens` again.
-
-    Leading axes are kept. The last axis must hold permutations of `0 .. positions - 1`, which is not checked
-    here because the check costs as much as the result.
-    """
-    steps = torch.arange(paths.shape[-1], device=paths.device).expand_as(paths)
-    return torch.empty_like(paths).scatter_(-1, paths, steps.to(paths.dtype))
-
-
-def _checked(height: int, width: int) -> tuple[int, int]:
-    if height < 1 or width < 1:
-        raise ValueError(f"a scan path needs a grid of at least 1x1: got height {height}, width {width}")
-    return int(height), int(width)
-
-
-def _positions(height: int, width: int) -> Int[Tensor, "height width"]:
-    return torch.arange(height * width).view(height, width)
-
-
-def _alternating(lines: Int[Tensor, "lines steps"]) -> Int[Tensor, " positions"]:
-    """Joins the lines one after the other, every second one backwards."""
-    joined = lines.clone()
-    joined[1::2] = lines[1::2].flip(-1)
-    return joined.flatten()
-
-
-# The tables depend on the size alone and are asked for in every block and step. They stay private, and callers get
-# copies, because an in-place change of a cached tensor would reach everybody.
-@lru_cache(maxsize=64)
-def _cross(height: int, width: int) -> Int[Tensor, "4 positions"]:
-    positions = _positions(height, width)
-    forward = torch.stack((positions.flatten(), positions.T.flatten()))
-    return torch.cat((forward, forward.flip(-1)))
-
-
-@lru_cache(maxsize=64)
-def _zigzag(height: int, width: int) -> Int[Tensor, "4 positions"]:
-    positions = _positions(height, width)
+    positions = _positions(height, width, device)
     return torch.stack(
         (
             _alternating(positions),
@@ -83,3 +46,26 @@ def _zigzag(height: int, width: int) -> Int[Tensor, "4 positions"]:
             _alternating(positions.flip(0).T),
         )
     )
+
+
+def inverse_paths(paths: Int[Tensor, "*paths positions"]) -> Int[Tensor, "*paths positions"]:
+    """The table that undoes each path: `tokens[paths[k]][inverse_paths(paths)[k]]` is `tokens` again.
+
+    Leading axes are kept. The last axis must hold permutations of `0 .. positions - 1`, which is not checked
+    here because the check costs more than the result.
+    """
+    steps = torch.arange(paths.shape[-1], device=paths.device, dtype=paths.dtype)
+    return torch.empty_like(paths).scatter_(-1, paths, steps.expand_as(paths))
+
+
+def _positions(height: int, width: int, device: torch.device | str | None) -> Int[Tensor, "height width"]:
+    if height < 1 or width < 1:
+        raise ValueError(f"a scan path needs a grid of at least 1x1: got height {height}, width {width}")
+    return torch.arange(height * width, device=device).view(height, width)
+
+
+def _alternating(lines: Int[Tensor, "lines steps"]) -> Int[Tensor, " positions"]:
+    """Joins the lines one after the other, every second one backwards."""
+    joined = lines.clone()
+    joined[1::2] = lines[1::2].flip(-1)
+    return joined.flatten()

@@ -62,7 +62,7 @@ def selective_scan(
     _check_shapes(given)
     chosen = scan_backend(backend, *given.values())
     # Autocast would run single operations of the reference, and of the gate, in half precision.
-    with torch.autocast(u.device.type, enabled=False):
+    with torch.autocast("cpu" if u.is_meta else u.device.type, enabled=False):
         y, last_state = _SCANS[chosen](
             u, delta, A, B, C, D, delta_bias, delta_softplus, _compute_dtype(*given.values())
         )
