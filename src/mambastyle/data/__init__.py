@@ -1,0 +1,1 @@
+"""Pictures to train and test on: labelled packs, folders, faces."""
