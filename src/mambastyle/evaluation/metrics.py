@@ -82,9 +82,9 @@ def ms_ssim(
     """Multi-scale structural similarity (Wang et al. 2003, eq. 7) per picture, on RGB.
 
     Convention: Gaussian window of `kernel_size` (sigma in proportion, 1.5 at 11), borders left out, 2x
-    average pooling between scales, negative values to 0. Five scales where the picture carries them; a smaller one
-    has `ms_ssim_scales` (3 at 64 px), whose weights are made to sum to 1 again. With five scales it agrees
-    with torchmetrics (normalize="relu") to 3e-3. Say the size and the window with the number.
+    average pooling between scales, negative values to 0. Five scales where the picture carries them; a
+    smaller one has `ms_ssim_scales` (3 at 64 px), whose weights are made to sum to 1 again. With five scales
+    it agrees with torchmetrics (normalize="relu") to 3e-3. Say the size and the window with the number.
     """
     if image.shape != other.shape:
         raise ValueError(f"expected two pictures of one size, got {tuple(image.shape)}, {tuple(other.shape)}")
