@@ -100,14 +100,14 @@ KAOKORE64 = MambaStyleConfig(
     image_size=64,
     num_ws=10,
     w_dim=256,
-    widths=(32, 64, 96, 128),
+    widths=(24, 48, 80, 128),
     blocks=(2, 2, 3, 2),
     strides=(2, 1, 2, 2),
-    fpn_width=96,
+    fpn_width=64,
     position_patch=4,
     position_grid=9,
     latent_split=(2, 3, 5),
-    head_pools=((24, 6, 6), (24, 6, 6), (48, 4, 4)),
+    head_pools=((32, 6, 6), (32, 6, 6), (64, 4, 4)),
     feature_channels=64,
     feature_layer=7,
     direction_tokens=16,
@@ -115,6 +115,7 @@ KAOKORE64 = MambaStyleConfig(
     direction_width=16,
     direction_widths=(32, 32, 64),
     state=8,
+    expand=1,
 )
 """For a 64 px generator with 10 latents of 256 and 64 channels at 32 px: trains on two CPU cores."""
 
