@@ -100,6 +100,11 @@ def load(
         generator = _fill(Generator(generator_config), generator_file.part("generator."), files.generator)
         model = _fill(MambaStyle(config), inversion_file.tensors, files.inversion)
     directions = Directions() if files.directions is None else Directions.load(files.directions)
+    if directions.generator not in (None, generator_file.sha256):
+        raise CheckpointError(
+            f"{files.directions} was discovered in another generator than {files.generator}: discover the "
+            "directions again with `mambastyle directions discover`"
+        )
     return Inverter(
         model,
         generator,

@@ -22,7 +22,7 @@ import json
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -176,7 +176,7 @@ def config_from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
     return cls(**{key: _restore(hints[key], value, f"{cls.__name__}.{key}") for key, value in values.items()})
 
 
-def nearest(word: str, known: typing.Iterable[str]) -> str | None:
+def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word that a mistyped one most likely means, or None when nothing is near."""
     by_fold = {name.casefold(): name for name in known}
     matches = difflib.get_close_matches(word.casefold(), list(by_fold), n=1, cutoff=0.5)

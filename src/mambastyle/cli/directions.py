@@ -16,6 +16,7 @@ app = typer.Typer(help="The directions that pictures can be edited along.", no_a
 class Method(StrEnum):
     pca = "pca"
     boundary = "boundary"
+    both = "both"
 
 
 @app.command("list")
@@ -53,21 +54,26 @@ def discover(
     out: Annotated[Path, typer.Argument(help="The file to write, such as directions.safetensors.")],
     model: Model = "kaokore64",
     method: Annotated[Method, typer.Option(help="Principal components, or boundaries between labels.")] = (
-        Method.boundary
+        Method.both
     ),
     heads: Annotated[
-        list[str] | None, typer.Option("--head", help="boundary: a classifier's question; default: all.")
+        list[str] | None,
+        typer.Option("--head", help="boundary: a classifier's question; default: gender and status."),
     ] = None,
     components: Annotated[int, typer.Option(min=1, help="pca: how many components.")] = 10,
     samples: Annotated[int, typer.Option(min=100, help="How many latents to draw.")] = 10_000,
     truncation_psi: Annotated[float, typer.Option(help="Truncation of the drawn latents.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the drawn latents.")] = 0,
+    classifier: Annotated[
+        Path | None,
+        typer.Option(help="boundary: a classifier's file; default: the model's features.safetensors."),
+    ] = None,
     device: Device = None,
 ) -> None:
     """Find directions in a model's generator and write them as one file.
 
     pca: the principal components of w (GANSpace). boundary: generated pictures are labelled by the model's
-    classifier (features.safetensors), and a linear boundary between the labels gives the direction
+    classifier, and a linear boundary between the labels gives the direction
     (InterFaceGAN).
 
     Examples:
@@ -87,6 +93,7 @@ def discover(
         truncation_psi=truncation_psi,
         seed=seed,
         device=device,
+        classifier=classifier,
     )
     found.save(out)
     typer.echo(f"{len(found)} directions ({', '.join(found)}) written to {out}")

@@ -1,0 +1,148 @@
+"""What all tests share: shapes checked as annotated, fixed seeds, and one tiny model on disk.
+
+`pytest --no-shape-checks` runs without the checks. A test of what the code itself refuses (it says
+`pytest.raises`), a compile test (it says `torch.compile`) and one marked `no_shape_checks` run without them
+too: the checker would speak before the code does, and the compiler cannot see through it.
+"""
+
+import inspect
+from pathlib import Path
+
+import jaxtyping
+import pytest
+import torch
+
+# All but the scan's kernels: Numba compiles its functions from source and takes no wrapped ones.
+CHECKED = [
+    "mambastyle.api",
+    "mambastyle.checkpoints",
+    "mambastyle.data",
+    "mambastyle.evaluation",
+    "mambastyle.features",
+    "mambastyle.images",
+    "mambastyle.latents",
+    "mambastyle.losses",
+    "mambastyle.models",
+    "mambastyle.nn",
+    "mambastyle.ops.modulated_conv",
+    "mambastyle.ops.resample",
+    "mambastyle.ops.scan_paths",
+    "mambastyle.ops.selective_scan.reference",
+    "mambastyle.presets",
+    "mambastyle.training",
+]
+UNCHECKED_WORDS = ("pytest.raises(", "torch.compile(")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-shape-checks", action="store_true", help="do not execute the shape annotations")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "no_shape_checks: run this test without executed shape annotations")
+    if not config.getoption("--no-shape-checks"):
+        jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
+
+
+@pytest.fixture(autouse=True)
+def _shape_checks(request: pytest.FixtureRequest):
+    source = inspect.getsource(request.function)
+    marked = request.node.get_closest_marker("no_shape_checks") is not None
+    jaxtyping.config.update("jaxtyping_disable", marked or any(word in source for word in UNCHECKED_WORDS))
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_generator_config():
+    """16 px, 6 latents of 12, 10 channels at 16 px."""
+    from mambastyle.models.stylegan2 import StyleGAN2Config
+
+    return StyleGAN2Config(
+        resolution=16, z_dim=12, w_dim=12, mapping_layers=2, widths=(8, 8, 10), feature_layer=5
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_mambastyle_config():
+    """Fits the tiny generator: pictures of 32 px, its feature at 16 px."""
+    from mambastyle.models.mambastyle import MambaStyleConfig
+
+    return MambaStyleConfig(
+        image_size=32,
+        num_ws=6,
+        w_dim=12,
+        widths=(8, 8, 12, 16),
+        blocks=(1, 1, 1, 1),
+        strides=(2, 1, 2, 2),
+        fpn_width=8,
+        position_patch=4,
+        position_grid=4,
+        latent_split=(2, 2, 2),
+        head_pools=((4, 2, 2), (4, 2, 2), (4, 2, 2)),
+        feature_channels=10,
+        feature_layer=5,
+        direction_tokens=4,
+        direction_grid=4,
+        direction_width=4,
+        direction_widths=(4, 8, 8),
+        state=2,
+    )
+
+
+def save_tiny_model(folder: Path, generator_config, mambastyle_config, *, seed: int = 0) -> Path:
+    """A whole model with random weights: generator, inversion, directions."""
+    from mambastyle import checkpoints
+    from mambastyle.latents.directions import Direction, Directions
+    from mambastyle.models.mambastyle import MambaStyle
+    from mambastyle.models.stylegan2 import Generator
+
+    torch.manual_seed(seed)
+    generator = Generator(generator_config)
+    generator.mapping.w_avg.normal_()
+    tensors = {f"generator.{name}": tensor for name, tensor in generator.state_dict().items()}
+    path = folder / "generator.safetensors"
+    sha256 = checkpoints.save(path, tensors, kind="stylegan2", config=generator_config)
+    model = MambaStyle(mambastyle_config)
+    checkpoints.save(
+        folder / "inversion.safetensors", model.state_dict(), kind="mambastyle", config=mambastyle_config
+    )
+    num_ws, w_dim = generator_config.num_ws, generator_config.w_dim
+    names = ("gender", "noble", "pc0")
+    directions = [Direction.from_w(name, torch.randn(w_dim), num_ws) for name in names]
+    Directions(directions, generator=sha256).save(folder / "directions.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory, tiny_generator_config, tiny_mambastyle_config) -> Path:
+    """A folder that `mambastyle.load` takes; do not write to it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    return save_tiny_model(folder, tiny_generator_config, tiny_mambastyle_config)
+
+
+@pytest.fixture(scope="session")
+def other_model_folder(tmp_path_factory, tiny_generator_config, tiny_mambastyle_config) -> Path:
+    """A model of the same sizes and other weights."""
+    folder = tmp_path_factory.mktemp("other")
+    return save_tiny_model(folder, tiny_generator_config, tiny_mambastyle_config, seed=1)
+
+
+@pytest.fixture
+def faces(tmp_path) -> list[Path]:
+    """Three small pictures, not square, in a folder of their own."""
+    import numpy as np
+    from PIL import Image
+
+    folder = tmp_path / "faces"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    paths = [folder / f"face{index}.png" for index in range(3)]
+    for path in paths:
+        Image.fromarray(random.integers(0, 256, (48, 40, 3), dtype=np.uint8)).save(path)
+    return paths
