@@ -29,11 +29,12 @@ def cross_paths(
 def zigzag_paths(
     height: int, width: int, *, device: torch.device | str | None = None
 ) -> Int[Tensor, "4 positions"]:
-    """Four continuous walks: each line turns back where the last one ended, so no step is longer than a pixel.
+    """Four continuous walks: lines turn back where the last one ended, so every step is one pixel long.
 
-    In order: from the top left along rows, from the bottom right along rows, from the top right along columns,
-    from the bottom left along columns. 2x3 gives `0 1 2 5 4 3`, `5 4 3 0 1 2`, `2 5 4 1 0 3`, `3 0 1 4 5 2`:
-    path 1 is the reverse of path 0 only when the height is odd (path 3 of path 2 only when the width is).
+    In order: from the top left along rows, from the bottom right along rows, from the top right along
+    columns, from the bottom left along columns. 2x3 gives `0 1 2 5 4 3`, `5 4 3 0 1 2`, `2 5 4 1 0 3` and
+    `3 0 1 4 5 2`: path 1 is the reverse of path 0 only when the height is odd, path 3 of path 2 only when the
+    width is.
 
     Returns an int64 table of row-major positions (4, height * width).
     """

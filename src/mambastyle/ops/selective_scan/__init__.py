@@ -1,4 +1,4 @@
-"""The selective scan of Mamba (Gu and Dao, 2023, section 3.3) behind one function, with a choice of backends."""
+"""The selective scan of Mamba (Gu and Dao, 2023, section 3.3): one function, several backends."""
 
 import importlib
 import logging
@@ -45,16 +45,17 @@ def selective_scan(
         y_t = (C_t . h_t + D u_t) * silu(z_t)
 
     for each image and channel, over `state` entries of h. Arguments mean what they mean to mamba-ssm's
-    `selective_scan_fn`; beyond it, A and D may differ from image to image, as SaMam and S7 need. With `groups`, the
-    channels are split into that many consecutive runs of equal size, each with its own B and C.
+    `selective_scan_fn`; beyond it, A and D may differ from image to image, as SaMam and S7 need. With
+    `groups`, the channels are split into that many consecutive runs of equal size, each with its own B and C.
 
-    The computation runs in float32 (float64 if an input is) whatever the inputs' dtypes and autocast; y has the dtype
-    of u, and the last state, which comes back too with `return_last_state`, that of the computation. Both carry
-    gradients. `backend` is "auto" or a name in `available_backends()`; `scan_backend` tells what "auto" stands for.
+    The computation runs in float32 (float64 if an input is) whatever the inputs' dtypes and autocast; y has
+    the dtype of u, and the last state, which comes back too with `return_last_state`, that of the
+    computation. Both carry gradients. `backend` is "auto" or a name in `available_backends()`; `scan_backend`
+    tells what "auto" stands for.
 
     Raises:
         TypeError: not float tensors, or float64 with a backend that computes in float32.
-        ValueError: shapes or devices that do not fit, or a backend that cannot run; the message says what would.
+        ValueError: shapes or devices that do not fit, or a backend that cannot run.
     """
     tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
@@ -88,11 +89,15 @@ def unavailable_reason(name: str) -> str | None:
 
 
 def scan_backend(backend: str = "auto", *tensors: Tensor) -> str:
-    """The backend that `selective_scan(..., backend=backend)` uses for these tensors, or for float32 on the CPU.
+    """The backend that `selective_scan(..., backend=backend)` uses for these tensors.
 
-    "auto" is `numba` for CPU tensors none of which is float64, wherever numba can be imported, and else `reference`.
+    Without tensors the answer is the one for float32 on the CPU.
 
-    Raises ValueError or TypeError, with the reason and the remedy, if a named backend cannot run on the tensors.
+    "auto" is `numba` for CPU tensors none of which is float64, wherever numba can be imported, and else
+    `reference`.
+
+    Raises ValueError or TypeError, with the reason and the remedy, if a named backend cannot run on the
+    tensors.
     """
     if backend == "auto":
         if _misfit("numba", tensors) is not None:
@@ -123,7 +128,8 @@ def _misfit(backend: str, tensors: tuple[Tensor, ...]) -> Exception | None:
             )
         if tensor.dtype == torch.float64:
             return TypeError(
-                "backend 'numba' computes in float32: got float64; use backend='reference' or convert the inputs"
+                "backend 'numba' computes in float32: got float64; "
+                "use backend='reference' or convert the inputs"
             )
     return None
 
@@ -131,9 +137,11 @@ def _misfit(backend: str, tensors: tuple[Tensor, ...]) -> Exception | None:
 def _import_problem(module: str) -> str | None:
     try:
         importlib.import_module(module)
-    # A numba that is installed but does not fit the interpreter or NumPy fails in other ways than ImportError.
+    # A numba that is installed but does not fit the interpreter or NumPy fails in other ways than
+    # ImportError.
     except Exception as error:
-        return f"importing it failed ({type(error).__name__}: {error}); install a numba that supports this Python"
+        cause = f"{type(error).__name__}: {error}"
+        return f"importing it failed ({cause}); install a numba that supports this Python and NumPy"
     return None
 
 
@@ -201,7 +209,8 @@ def _check_shapes(given: dict[str, Tensor]) -> None:
             )
     if given["B"].ndim == given["C"].ndim == 4 and given["B"].shape[1] != given["C"].shape[1]:
         raise ValueError(
-            f"B and C must have the same number of groups: got {given['B'].shape[1]} and {given['C'].shape[1]}"
+            "B and C must have the same number of groups: "
+            f"got {given['B'].shape[1]} and {given['C'].shape[1]}"
         )
 
 
@@ -253,8 +262,8 @@ def _scan_numba(
     from mambastyle.ops.selective_scan import cpu_numba
 
     batch, channels, length = u.shape
-    # B and C that differ between channels and not between steps are rare (S4D): every channel is its own group then,
-    # which is correct, but fills one lane of sixteen.
+    # B and C that differ between channels and not between steps are rare (S4D): every channel is its own
+    # group then, which is correct, but fills one lane of sixteen.
     groups = channels if 2 in (B.ndim, C.ndim) else _groups(B, C)
 
     def per_group(x: Tensor) -> Float[Tensor, "batch groups state length"]:

@@ -1,11 +1,11 @@
-"""The selective scan on the CPU: Numba kernels over an explicit vector of 16 floats, and the PyTorch ops around them.
+"""The selective scan on the CPU: Numba kernels over an explicit vector type, and the PyTorch ops around them.
 
-Sixteen neighbouring channels share a vector, the states of a channel are vectors beside each other, and time runs in
-sequence, in tiles of CHUNK steps that are transposed through registers on their way in and out. docs/kernels.md has
-the design and what was measured.
+Sixteen neighbouring channels share a vector, the states of a channel are vectors beside each other, and time
+runs in sequence, in tiles of CHUNK steps that are transposed through registers on their way in and out.
+docs/kernels.md has the design and what was measured.
 
-The vector type and the kernels share a file because Numba's cache sees only the file that a kernel stands in. The
-module imports numba and is itself imported only when a scan asks for it.
+The vector type and the kernels share a file because Numba's cache sees only the file that a kernel stands in.
+The module imports numba and is itself imported only when a scan asks for it.
 """
 
 import hashlib
@@ -35,14 +35,14 @@ _log = logging.getLogger(__name__)
 LANES = 16
 STATES = 4  # computed together: as many as leave their A, h and gradients in registers
 CHUNK = 64  # steps per tile, and between the states that the backward pass starts from
-SPLITS = 16  # the backward pass cuts the channels until it has this many tasks; fixed, so sums never depend on threads
-SERIAL_STATE_STEPS = (
-    3_000_000  # about 0.5 ms of work on one core: below it a thread costs more than it brings
-)
+# The backward pass cuts the channels until it has this many tasks; fixed, so that sums do not depend on threads.
+SPLITS = 16
+# About 0.5 ms of work on one core: below it a thread costs more than it brings.
+SERIAL_STATE_STEPS = 3_000_000
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Two types for Numba: a vector of 16 floats, and four of them, for four states. LLVM splits the vectors where registers
-# are shorter (AVX2, SSE, NEON).
+# ------------------------------------------------------------------------------------------------------------
+# Two types for Numba: a vector of 16 floats, and four of them, for four states. LLVM splits the vectors where
+# registers are shorter (AVX2, SSE, NEON).
 
 _FLOAT = ir.FloatType()
 _INT = ir.IntType(32)
@@ -51,9 +51,9 @@ _FOUR_FLOATS = ir.ArrayType(_FLOATS, STATES)
 _INTS = ir.VectorType(_INT, LANES)
 _UNDEFINED = ir.Constant(_FLOATS, ir.Undefined)
 
-# exp2(r) on [-1/2, 1/2], highest power first: the polynomial of least relative error (9.1e-8, by linear programming)
-# among those whose last coefficient is exactly 1. A step size near zero must keep the state as it is, or the error
-# grows with the length of the memory.
+# exp2(r) on [-1/2, 1/2], highest power first: the polynomial of least relative error (9.1e-8, by linear
+# programming) among those whose last coefficient is exactly 1. A step size near zero must keep the state as
+# it is, or the error grows with the length of the memory.
 _EXP2 = (
     0.0013264723231644802,
     0.009671512614646473,
@@ -183,7 +183,10 @@ def _at_most(builder: Any, x: Any, bound: float) -> Any:
 
 
 def _exp2(context: Any, builder: Any, x: Any) -> Any:
-    """2 ** x to 2e-7, relative; below 2 ** -126 it is 2 ** -126 or (with AVX-512) exact, above the range infinite."""
+    """2 ** x with a relative error of 2e-7; infinite above the range of float32.
+
+    Below the normal range it is exact with AVX-512 and 2 ** -126 without.
+    """
     if "+avx512f" in context.codegen().magic_tuple()[2].split(","):
         whole = _call(builder, "llvm.rint.v16f32", x)
         mantissa = _polynomial(builder, _EXP2, builder.fsub(x, whole))
@@ -194,8 +197,8 @@ def _exp2(context: Any, builder: Any, x: Any) -> Any:
         )
         all_lanes, current_rounding = ir.Constant(ir.IntType(16), -1), ir.Constant(_INT, 4)
         return builder.call(scale, [mantissa, whole, mantissa, all_lanes, current_rounding])
-    # Adding 1.5 * 2 ** 23 rounds to a whole number and leaves it in the low bits; shifted into the exponent, it scales.
-    # At 128 the mantissa is exactly 1 and the exponent all ones: infinity, as it should be.
+    # Adding 1.5 * 2 ** 23 rounds to a whole number and leaves it in the low bits; shifted into the exponent,
+    # it scales. At 128 the mantissa is exactly 1 and the exponent all ones: infinity, as it should be.
     x = _at_most(builder, _at_least(builder, x, -126.0), 128.0)
     shifted = builder.fadd(x, _floats(12582912.0))
     whole = builder.fsub(shifted, _floats(12582912.0))
@@ -405,7 +408,7 @@ def transpose(typing_context, source, start, row_step, target, target_start, tar
     return types.void(source, *[types.intp] * 2, target, *[types.intp] * 2), generate
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Compilation, cached between processes.
 
 
@@ -427,9 +430,10 @@ def _cache_root() -> Path | None:
 def _kernel(function: Callable[..., Any]) -> Any:
     """Compiles a function at its first call, without the GIL, and keeps the machine code for later processes.
 
-    Numba would look at the time stamp and size of this file, and put its files beside it. Installations may be
-    read-only, and two of them may share stamps, so the folder is in the user's cache and named after a hash of the
-    source; Numba itself tells processors apart. Where nothing can be written, every process compiles.
+    Numba would look at the time stamp and size of this file, and put its files beside it. Installations may
+    be read-only, and two of them may share stamps, so the folder is in the user's cache and named after a
+    hash of the source; Numba itself tells processors apart. Where nothing can be written, every process
+    compiles.
     """
     options = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
     root = _cache_root()
@@ -449,9 +453,10 @@ def _kernel(function: Callable[..., Any]) -> Any:
         numba.config.CACHE_DIR = previous  # type: ignore
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Kernels. All arrays are flat float32. A block is 16 channels of one group of one image, its tiles are [step, lane];
-# the last block of a group may have fewer `rows`, and its other lanes compute on zeros and are never stored.
+# ------------------------------------------------------------------------------------------------------------
+# Kernels. All arrays are flat float32. A block is 16 channels of one group of one image, its tiles are [step,
+# lane]; the last block of a group may have fewer `rows`, and its other lanes compute on zeros and are never
+# stored.
 
 
 @_kernel
@@ -498,7 +503,7 @@ def _scan_forward(  # type: ignore
     u, delta, A, B, C, D, bias, use_softplus, y, last, starts, keep_starts,
     channels, groups, length, state, A_image, D_image, first, end, scratch,
 ):  # fmt: skip
-    """Blocks first..end-1. B, C are (batch, groups, length, state); `starts` gets the state before every tile."""
+    """Blocks first..end-1. B, C are (batch, groups, length, state); `starts` gets each tile's first state."""
     group = channels // groups
     blocks = (group + LANES - 1) // LANES
     chunks = (length + CHUNK - 1) // CHUNK
@@ -578,9 +583,10 @@ def _scan_backward(  # type: ignore
 ):  # fmt: skip
     """Tasks first..end-1, each one run of a group's blocks over all steps, last tile first.
 
-    grad_A, grad_D and grad_bias are per image; grad_B and grad_C are (task, length, state), to be summed over the
-    tasks of a group. For every four states a tile is computed forwards from its stored start, then backwards.
-    grad_B and grad_C keep their 16 lanes apart until all blocks of the task are through with the tile.
+    grad_A, grad_D and grad_bias are per image; grad_B and grad_C are (task, length, state), to be summed over
+    the tasks of a group. For every four states a tile is computed forwards from its stored start, then
+    backwards. grad_B and grad_C keep their 16 lanes apart until all blocks of the task are through with the
+    tile.
     """
     group = channels // groups
     blocks = (group + LANES - 1) // LANES
@@ -761,8 +767,9 @@ def _scan_backward(  # type: ignore
                     grad_C[entry] = sum_lanes(load(gC_tile, tile + step * width))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The ops that PyTorch sees. Every buffer is torch's, so that its switch to fill fresh memory with NaN reaches them all.
+# ------------------------------------------------------------------------------------------------------------
+# The ops that PyTorch sees. Every buffer is torch's, so that its switch to fill fresh memory with NaN reaches
+# them all.
 
 
 def _flat(x: Tensor) -> np.ndarray:
@@ -793,9 +800,10 @@ def scan_op(
     delta_softplus: bool,
     keep_starts: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The scan of float32 tensors: y, the last state, and the state before each tile if `keep_starts`, else nothing.
+    """The scan of float32 tensors: y, the last state, and the state before each tile.
 
-    Shapes as in `selective_scan`, with B and C (batch, groups, state, length). `keep_starts` is needed for gradients.
+    Shapes as in `selective_scan`, with B and C (batch, groups, state, length). The states before the tiles are
+    what gradients need; without `keep_starts` there are none.
     """
     batch, channels, length = u.shape
     groups, state = B.shape[1:3]
@@ -850,7 +858,7 @@ def scan_backward_op(
     delta_softplus: bool,
     starts: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of u, delta, A, B, C, D and delta_bias, the last two (channels,) of no use if they were not given."""
+    """Gradients of u, delta, A, B, C, D and delta_bias; of one that was not given, (channels,)."""
     batch, channels, length = u.shape
     groups, state = B.shape[1:3]
     blocks = _blocks(channels, groups) // groups
@@ -944,7 +952,7 @@ def _backward_flops(
     gy_shape, gl_shape, u_shape, delta_shape, A_shape, *args, out_shape=None, **kwargs
 ) -> int:  # type: ignore
     """Twice the forward pass, as for a matrix product."""
-    return 2 * _flops(u_shape, delta_shape, A_shape)
+    return 2 * _flops(*shapes[2:])
 
 
 def scan(

@@ -1,9 +1,11 @@
 """A small thread pool for kernels that release the GIL.
 
-Numba's own `parallel=True` compiles for half a minute, and its default threading layer aborts the process when two
-Python threads enter it at once; here any number of threads may call, and a forked child starts its own pool.
+Numba's own `parallel=True` compiles for half a minute, and its default threading layer aborts the process
+when two Python threads enter it at once; here any number of threads may call, and a forked child starts its
+own pool.
 """
 
+import itertools
 import os
 import threading
 from collections.abc import Callable
@@ -17,10 +19,10 @@ _lock = threading.Lock()
 
 
 def run_ranges(kernel: Callable[[int, int], None], tasks: int, *, parallel: bool = True) -> None:
-    """Calls `kernel(first, end)` over ranges that cover `0 .. tasks - 1`, on `torch.get_num_threads()` threads.
+    """Calls `kernel(first, end)` over ranges of `0 .. tasks - 1`, on `torch.get_num_threads()` threads.
 
-    Every range is handled by one call and the calling thread takes the first range. What the kernel raises is raised
-    here once all ranges are done. With `parallel=False` there is one range and no other thread.
+    Every range is handled by one call and the calling thread takes the first range. What the kernel raises is
+    raised here once all ranges are done. With `parallel=False` there is one range and no other thread.
     """
     workers = min(torch.get_num_threads(), tasks) if parallel else 1
     if workers <= 1:
@@ -28,7 +30,7 @@ def run_ranges(kernel: Callable[[int, int], None], tasks: int, *, parallel: bool
         return
     bounds = [tasks * worker // workers for worker in range(workers + 1)]
     pool = _pool_of(workers - 1)
-    others = [pool.submit(kernel, *pair) for pair in zip(bounds[1:-1], bounds[2:], strict=True)]
+    others = [pool.submit(kernel, *pair) for pair in itertools.pairwise(bounds[1:])]
     try:
         kernel(bounds[0], bounds[1])
     finally:

@@ -1,7 +1,7 @@
 """The selective scan in plain PyTorch: the specification that every other backend is compared with.
 
-Equation 2 of Mamba (Gu and Dao, 2023) with the discretisation of its published code: exp for A, Euler for B. It runs
-on any device in any float dtype and can be differentiated any number of times.
+Equation 2 of Mamba (Gu and Dao, 2023) with the discretisation of its published code: exp for A, Euler for B.
+It runs on any device in any float dtype and can be differentiated any number of times.
 """
 
 import torch
@@ -21,12 +21,13 @@ def scan(
 ) -> tuple[Float[Tensor, "batch channels length"], Float[Tensor, "batch channels state"]]:
     """`h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t` from h_0 = 0, and `y_t = C_t . h_t`.
 
-    All inputs have one dtype, the one that is computed in; `delta` has its bias and softplus already. B and C have
-    either one row for all channels of a group and one column per step, or one row per channel and one column.
-    Returns y and the state after the last step.
+    All inputs have one dtype, the one that is computed in; `delta` has its bias and softplus already. B and C
+    have either one row for all channels of a group and one column per step, or one row per channel and one
+    column. Returns y and the state after the last step.
 
-    The states of one chunk of steps exist at a time. With gradients only the states between the chunks are kept, and
-    the backward pass computes each chunk again: memory O(length / CHUNK + CHUNK) instead of O(length) states.
+    The states of one chunk of steps exist at a time. With gradients only the states between the chunks are
+    kept, and the backward pass computes each chunk again: memory O(length / CHUNK + CHUNK) instead of
+    O(length) states.
     """
     batch, channels, length = u.shape
     groups = B.shape[1]

@@ -1,0 +1,256 @@
+"""Times the selective scan against `mambapy` and the published reference, and writes the figures as JSON.
+
+    python benchmarks/scan.py --json scan.json          # S1-S5, a few minutes
+    python benchmarks/scan.py --quick                   # S1 and S2, under a minute
+
+Contestants take turns within each repeat, in one process with one thread count, and medians are compared. On
+one thread the ratios are of CPU time, which other programs on the machine disturb least; with more, of wall
+time.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mambastyle.ops import selective_scan
+
+
+class Shape(NamedTuple):
+    batch: int
+    groups: int
+    group: int
+    length: int
+    state: int
+
+
+SHAPES = {
+    "S1": Shape(1, 4, 192, 1024, 1),
+    "S2": Shape(1, 4, 512, 1024, 16),
+    "S3": Shape(1, 4, 256, 4096, 16),
+    "S4": Shape(4, 4, 96, 4096, 16),
+    "S5": Shape(1, 4, 192, 65536, 16),
+}
+# Peers hold (batch, channels, length, state) tensors, some ten of them with gradients; above this they are
+# left out.
+PEER_ELEMENTS = 80_000_000
+
+Scan = Callable[..., Tensor]
+
+
+def published(u, delta, A, B, C, D, delta_bias) -> Tensor:  # type: ignore
+    """The steps of mamba-ssm's `selective_scan_ref`, written from its formula: everything over length at
+    once, then a loop. Its backward pass costs O(length^2), so that only its forward pass is timed.
+    """
+    groups = B.shape[1]
+    group = u.shape[1] // groups
+    delta = F.softplus(delta + delta_bias[:, None])
+    decay = torch.exp(torch.einsum("bdl,dn->bdln", delta, A))
+    drive = torch.einsum("bdl,bdnl,bdl->bdln", delta, B.repeat_interleave(group, dim=1), u)
+    C = C.repeat_interleave(group, dim=1)
+    h = A.new_zeros(u.shape[0], u.shape[1], A.shape[1])
+    steps = []
+    for t in range(u.shape[2]):
+        h = decay[:, :, t] * h + drive[:, :, t]
+        steps.append(torch.einsum("bdn,bdn->bd", h, C[..., t]))
+    return torch.stack(steps, dim=2) + u * D[:, None]
+
+
+def mambapy(u, delta, A, B, C, D, delta_bias) -> Tensor:  # type: ignore
+    """mambapy's parallel scan on the steps of its `MambaBlock.selective_scan`, groups in the place of
+    images.
+    """
+    from mambapy.pscan import pscan
+
+    batch, groups, state, length = B.shape
+
+    def tokens_first(x: Tensor) -> Tensor:  # (batch * groups, length, group)
+        return x.reshape(batch * groups, -1, length).transpose(1, 2)
+
+    delta = F.softplus(delta + delta_bias[:, None])
+    delta, x = tokens_first(delta), tokens_first(u)
+    A = A.view(1, groups, 1, -1, state).expand(batch, -1, -1, -1, -1).reshape(batch * groups, 1, -1, state)
+    B, C = (y.reshape(batch * groups, state, length).transpose(1, 2) for y in (B, C))
+    h = pscan(torch.exp(delta.unsqueeze(-1) * A), delta.unsqueeze(-1) * B.unsqueeze(2) * x.unsqueeze(-1))
+    y = (h @ C.unsqueeze(-1)).squeeze(3)
+    return y.transpose(1, 2).reshape(u.shape) + D[:, None] * u
+
+
+def ours(backend: str) -> Scan:
+    def scan(u, delta, A, B, C, D, delta_bias):  # type: ignore
+        return selective_scan(u, delta, A, B, C, D, None, delta_bias, True, backend=backend)
+
+    return scan
+
+
+CONTESTANTS: dict[str, Scan] = {
+    "numba": ours("numba"),
+    "reference": ours("reference"),
+    "mambapy": mambapy,
+    "published": published,
+}
+
+
+def make_inputs(shape: Shape) -> list[Tensor]:
+    """Steps of about 0.05 and decays like Mamba's at the start of training."""
+    generator = torch.Generator().manual_seed(0)
+    batch, groups, group, length, state = shape
+    channels = groups * group
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator)
+
+    A = -torch.arange(1.0, state + 1).repeat(channels, 1)
+    tensors = [normal(batch, channels, length), 0.5 * normal(batch, channels, length), A]
+    tensors += [normal(batch, groups, state, length), normal(batch, groups, state, length)]
+    tensors += [torch.ones(channels), torch.full((channels,), -3.0)]
+    return [x.requires_grad_() for x in tensors]
+
+
+def passes(scan: Scan, inputs: list[Tensor]) -> dict[str, Callable[[], Any]]:
+    weights = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return scan(*inputs)
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(scan(*inputs), inputs, weights)
+
+    return {"forward": forward, "forward+backward": both}
+
+
+def contestants(name: str, kind: str, only: list[str] | None) -> list[str]:
+    shape = SHAPES[name]
+    elements = shape.batch * shape.groups * shape.group * shape.length * shape.state
+    names = ["numba"]
+    if elements <= 10 * PEER_ELEMENTS and name != "S5":
+        names.append("reference")
+    if elements <= PEER_ELEMENTS or (kind == "forward" and name == "S4"):
+        names.append("mambapy")
+    if elements <= PEER_ELEMENTS and kind == "forward":
+        names.append("published")
+    return [name for name in names if only is None or name in only]
+
+
+def peak_extra_bytes(run: Callable[[], Any]) -> int | None:
+    """How far the resident memory of this process rises above where it stood before the call (Linux)."""
+    if not sys.platform.startswith("linux"):
+        return None
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+    def resident(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = resident("VmRSS")
+    result = run()
+    peak = resident("VmHWM") - before
+    del result
+    return peak
+
+
+def measure(name: str, kind: str, repeats: int, only: list[str] | None) -> dict[str, dict[str, float | None]]:
+    inputs = make_inputs(SHAPES[name])
+    runs = {peer: passes(CONTESTANTS[peer], inputs)[kind] for peer in contestants(name, kind, only)}
+    wall: dict[str, list[float]] = {peer: [] for peer in runs}
+    cpu: dict[str, list[float]] = {peer: [] for peer in runs}
+    memory = {}
+    for peer, run in runs.items():
+        run()  # compiles, and fills caches
+        memory[peer] = peak_extra_bytes(run)
+    for repeat in range(repeats):
+        for peer, run in runs.items():
+            if repeat >= 3 and statistics.median(wall[peer]) > 3:  # a slow peer does not need many
+                continue
+            wall_start, cpu_start = time.perf_counter(), time.process_time()
+            run()
+            cpu[peer].append(time.process_time() - cpu_start)
+            wall[peer].append(time.perf_counter() - wall_start)
+    return {
+        peer: {
+            "wall_ms": 1e3 * statistics.median(wall[peer]),
+            "cpu_ms": 1e3 * statistics.median(cpu[peer]),
+            "cpu_ms_min": 1e3 * min(cpu[peer]),
+            "repeats": len(wall[peer]),
+            "peak_extra_mb": None if memory[peer] is None else memory[peer] / 1e6,
+        }
+        for peer in runs
+    }
+
+
+def machine() -> dict[str, Any]:
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    return {
+        "processor": cpu,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in ("torch", "numba", "numpy", "mambapy")},
+        "commit": git.stdout.strip() or None,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="S1 and S2, three repeats")
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), help="default: all")
+    parser.add_argument("--only", nargs="+", choices=list(CONTESTANTS), help="default: all that fit")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    repeats = 3 if arguments.quick else arguments.repeats
+    clock = "cpu_ms" if arguments.threads == 1 else "wall_ms"
+    report = {
+        "command": " ".join(sys.argv),
+        "threads": arguments.threads,
+        "ratios_of": clock,
+        "machine": machine(),
+    }
+    results: dict[str, Any] = {}
+    report["results"] = results
+    for name in ["S1", "S2"] if arguments.quick else arguments.shapes or list(SHAPES):
+        results[name] = {"shape": SHAPES[name]._asdict()}
+        for kind in ("forward", "forward+backward"):
+            figures: dict[str, Any] = measure(name, kind, repeats, arguments.only)
+            for peer, figure in figures.items():
+                if "numba" in figures:
+                    figure["times_numba"] = figure[clock] / figures["numba"][clock]
+                print(
+                    f"{name} {kind:17} {peer:10}",
+                    *(f"{k} {v:.4g}" for k, v in figure.items() if v is not None),
+                )
+            results[name][kind] = figures
+            if arguments.json:
+                arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
