@@ -260,7 +260,7 @@ class SynthesisNetwork(nn.Module):
 
     def forward(
         self,
-        ws: Float[Tensor, "b num_ws w"],
+        ws: Float[Tensor, "b num_ws w_dim"],
         feature: Float[Tensor, "b c h w"] | None = None,
         noise: Noise = "const",
         generator: torch.Generator | None = None,
@@ -286,7 +286,7 @@ class SynthesisNetwork(nn.Module):
 
     def features_at(
         self,
-        ws: Float[Tensor, "b num_ws w"],
+        ws: Float[Tensor, "b num_ws w_dim"],
         layer: int,
         noise: Noise = "const",
         generator: torch.Generator | None = None,
