@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mambastyle import checkpoints
+from mambastyle import checkpoints, images
+from mambastyle.features import SmallFeatures, SmallFeaturesConfig, small
 from mambastyle.latents.directions import Direction, Directions
 from mambastyle.models.mambastyle import KAOKORE64, MambaStyleConfig
 from mambastyle.models.stylegan2 import Generator, StyleGAN2Config
@@ -109,6 +110,43 @@ def test_a_model_without_a_fuser_trains(files):
     assert terms["cycle"].requires_grad
 
 
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory):
+    """Six pictures with the labels file that a pack has."""
+    folder = tmp_path_factory.mktemp("pack")
+    random = torch.Generator().manual_seed(0)
+    for number in range(6):
+        images.write(folder / f"{number}.png", torch.rand(3, 32, 32, generator=random) * 2 - 1)
+    rows = "".join(f"{number}.png,train\n" for number in range(6))
+    (folder / "labels.csv").write_text(f"file,split\n{rows}")
+    return folder
+
+
+def test_real_pictures_take_part_in_what_needs_no_known_latents(files, pack):
+    task = make_task(files, pack=str(pack), real_share=0.5, edit_share=0.5, weights={"latent": 1.0})
+    pairs = draw(task)
+    assert pairs.real == 2
+    assert pairs.edits.tolist() == [0, 2]
+    assert pairs.edited is not None
+    assert len(pairs.image) == 4
+    assert len(pairs.ws) == 2
+    assert len(pairs.edited) == 1
+    torch.testing.assert_close(pairs.image[2:], task.render(pairs.ws).clamp(-1, 1))
+    assert EDIT_TERMS | {"latent"} <= set(task.terms(StepRandom(0, 0, 4)))
+
+
+def test_a_frozen_network_judges_inversion_and_edit(files, tmp_path):
+    torch.manual_seed(0)
+    small.save(tmp_path / "judge.safetensors", SmallFeatures(SmallFeaturesConfig(32, (4, 6), (1, 1))))
+    section = {"network": "small", "file": str(tmp_path / "judge.safetensors")}
+    task = make_task(
+        files, judges={"perceptual": section, "identity": section}, weights={"edit_perceptual": 1.0}
+    )
+    terms = task.terms(StepRandom(0, 0, 4))
+    assert {"perceptual", "identity", "edit_perceptual"} <= set(terms)
+    assert "structure" not in terms
+
+
 def test_pairs_are_what_the_generator_makes_of_the_same_latents(files):
     task = make_task(files)
     pairs = draw(task)
@@ -189,6 +227,7 @@ def test_the_loop_runs_the_task(files, tmp_path):
         ({"model": {"base": "kaokore64"}}, "the model's num_ws is 10, and this generator needs 8"),
         ({"model": "kaokor"}, "no model 'kaokor': choose among paper, kaokore64"),
         ({"real_share": 0.5}, "name the pictures with pack"),
+        ({"weights": {"edit_perceptual": 1.0}}, "edit_perceptual needs a judge named perceptual"),
         ({"judges": {"identity": {"network": "small"}}}, "needs a file"),
         ({"weights": {"cycel": 1.0}}, "did you mean cycle"),
     ],

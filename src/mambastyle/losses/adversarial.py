@@ -37,7 +37,7 @@ def r1_penalty(real: Float[Tensor, "b 3 h w"], real_logits: Float[Tensor, "b n"]
 
 
 def path_lengths(
-    image: Float[Tensor, "b 3 h w"], ws: Float[Tensor, "b num_ws w"], noise: Float[Tensor, "b 3 h w"]
+    image: Float[Tensor, "b 3 h w"], ws: Float[Tensor, "b num_ws w_dim"], noise: Float[Tensor, "b 3 h w"]
 ) -> Float[Tensor, " b"]:
     """|J_w^T y| for a random picture y ~ N(0, 1) (StyleGAN2, section 3.2), with a graph for the penalty.
 

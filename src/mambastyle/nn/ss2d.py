@@ -140,6 +140,7 @@ class SS2D(nn.Module):
             delta_bias=self.dt_projs_bias.flatten().float(),
             delta_softplus=True,
         )  # (batch, 4 * inner, length)
+        assert isinstance(y, Tensor)  # a pair only where the last state is asked for
         return cross_merge(y.unflatten(1, (4, -1)), height, width)
 
 

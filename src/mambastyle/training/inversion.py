@@ -1,8 +1,8 @@
 """Training of MambaStyle (section 3.4): encoder and fuser against a frozen generator, in a single stage.
 
 The pictures are the generator's own, made on the fly: w = M(z), X = G(w), and for a direction d also
-X_e = G(w + d). Each step inverts X, edits the inversion by d, and goes back by -d. Real pictures may take part
-of the batch: they have no known w, so the terms that compare with w or with X_e leave them out.
+X_e = G(w + d). Each step inverts X, edits the inversion by d, and goes back by -d. Real pictures may be a
+part of the batch: they have no known w, so the terms that compare with w or with X_e leave them out.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ class LatentsSection(Section):
     """How w is drawn: one z per picture, at times two that share the layers."""
 
     truncation_psi: float = 1.0
-    style_mixing: float = Field(0.0, ge=0, le=1)
+    style_mixing: float = Field(default=0.0, ge=0, le=1)
     """The share of pictures whose latents come from two z."""
 
 
@@ -59,17 +59,17 @@ class DirectionsSection(Section):
     """Known directions (principal components, attributes); None leaves the random ones alone."""
     names: tuple[str, ...] = ()
     """Which of the file's, in the order in which they join; empty for all in the file's order."""
-    strength: float = Field(2.0, gt=0)
+    strength: float = Field(default=2.0, gt=0)
     """Known directions: uniform in [-strength, strength]."""
-    first: int = Field(1, ge=1)
+    first: int = Field(default=1, ge=1)
     """How many known directions take part from the start."""
-    join_every: int = Field(0, ge=0)
+    join_every: int = Field(default=0, ge=0)
     """Another one joins after so many steps; 0: all from the start."""
-    random_share: float = Field(0.5, ge=0, le=1)
+    random_share: float = Field(default=0.5, ge=0, le=1)
     """The share of pictures edited towards another w instead of along a known direction."""
-    random_strength: float = Field(0.7, gt=0)
+    random_strength: float = Field(default=0.7, gt=0)
     """Random directions: uniform in [0, random_strength] of the way to another w."""
-    random_layers: float = Field(0.5, ge=0, le=1)
+    random_layers: float = Field(default=0.5, ge=0, le=1)
     """The share of random directions that act on a run of layers alone."""
 
 
@@ -112,14 +112,14 @@ class InversionConfig(RunConfig):
     """Checkpoint of the frozen generator, kind "stylegan2"."""
     latents: LatentsSection = LatentsSection()
     directions: DirectionsSection = DirectionsSection()
-    judges: dict[Literal["perceptual", "identity", "structure"], JudgeSection] = {}
+    judges: dict[Literal["perceptual", "identity", "structure"], JudgeSection] = Field(default_factory=dict)
     weights: WeightsSection = WeightsSection()
 
     pack: str | None = None
-    select: dict[str, str] = {"split": "train"}
-    real_share: float = Field(0.0, ge=0, lt=1)
+    select: dict[str, str] = Field(default_factory=lambda: {"split": "train"})
+    real_share: float = Field(default=0.0, ge=0, lt=1)
     """The share of each batch that is real pictures of `pack`."""
-    edit_share: float = Field(1.0, ge=0, le=1)
+    edit_share: float = Field(default=1.0, ge=0, le=1)
     """The share of the generated pictures, and of the real ones, that are edited as well as inverted."""
     feature_target: Literal["encoder", "generator"] = "encoder"
     """What F is held to without an edit: H as published, or what G's activations lack."""
@@ -163,6 +163,8 @@ class InversionTask:
         self.averaged: dict[str, nn.Module] = {"model": self.model}
         self.offsets = self._known_directions()
         self.judges = {name: _judge(section, device) for name, section in config.judges.items()}
+        if config.weights.edit_perceptual and "perceptual" not in self.judges:
+            raise ValueError("edit_perceptual needs a judge named perceptual: add it under judges")
         self.pictures: UInt8[Tensor, "n 3 r r"] | None = None
         if config.real_share:
             if config.pack is None:
@@ -360,7 +362,7 @@ class InversionTask:
         return losses.feature_gap(self._features_at(wanted), self._features_at(rendered.detach()))
 
     def _maps(self, name: str, rendered: Tensor, image: Tensor) -> tuple[Maps, Maps]:
-        """What a judge sees in both, at no more than 256 px (as LPIPS is quoted); the target without a graph."""
+        """What a judge sees in both, at no more than 256 px (as LPIPS is quoted)."""
         judge = self.judges[name]  # pyright: ignore[reportArgumentType]
         at_size = losses.reconstruction.at_size
         with torch.no_grad():
