@@ -22,20 +22,23 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from llvmlite import ir
-from numba import types
+from numba import extending, types
 from numba.core import cgutils
-from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
+from numba.extending import lower_builtin, models, register_model, type_callable
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from mambastyle.ops.selective_scan.cpu_threads import run_ranges
 
 _log = logging.getLogger(__name__)
+# What it returns is called in kernels, without the typing context that its argument takes.
+intrinsic: Any = extending.intrinsic
 
 LANES = 16
 STATES = 4  # computed together: as many as leave their A, h and gradients in registers
 CHUNK = 64  # steps per tile, and between the states that the backward pass starts from
-# The backward pass cuts the channels until it has this many tasks; fixed, so that sums do not depend on threads.
+# The backward pass cuts the channels until it has this many tasks; fixed, so that sums do not depend on
+# threads.
 SPLITS = 16
 # About 0.5 ms of work on one core: below it a thread costs more than it brings.
 SERIAL_STATE_STEPS = 3_000_000
@@ -802,7 +805,7 @@ def scan_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The scan of float32 tensors: y, the last state, and the state before each tile.
 
-    Shapes as in `selective_scan`, with B and C (batch, groups, state, length). The states before the tiles are
+    Shapes as in `selective_scan`, with B and C (batch, groups, state, length). States before the tiles are
     what gradients need; without `keep_starts` there are none.
     """
     batch, channels, length = u.shape
@@ -948,9 +951,7 @@ def _flops(u_shape, delta_shape, A_shape, *args, out_shape=None, **kwargs) -> in
 
 
 @register_flop_formula(torch.ops.mambastyle.selective_scan_backward)
-def _backward_flops(
-    gy_shape, gl_shape, u_shape, delta_shape, A_shape, *args, out_shape=None, **kwargs
-) -> int:  # type: ignore
+def _backward_flops(*shapes, out_shape=None, **kwargs) -> int:  # type: ignore
     """Twice the forward pass, as for a matrix product."""
     return 2 * _flops(*shapes[2:])
 
