@@ -9,6 +9,7 @@ The module imports numba and is itself imported only when a scan asks for it.
 """
 
 import hashlib
+import inspect
 import logging
 import operator
 import os
@@ -438,6 +439,8 @@ def _kernel(function: Callable[..., Any]) -> Any:
     hash of the source; Numba itself tells processors apart. Where nothing can be written, every process
     compiles.
     """
+    # Shape checkers that are switched on by an import hook wrap every function; Numba needs the bare one.
+    function = inspect.unwrap(function)
     options = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
     root = _cache_root()
     if root is None:
