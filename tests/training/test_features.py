@@ -184,8 +184,9 @@ def test_accuracies_count_right_answers_per_label():
 def test_resumed_run_gives_the_weights_of_an_uninterrupted_one(packs, squeezenet, tmp_path):
     whole = features.run(make_config(packs, squeezenet, tmp_path / "whole", steps=4))
     parts = make_config(packs, squeezenet, tmp_path / "parts", steps=4, max_minutes=0)
+    folder = parts.folder
     for _ in range(4):  # the time limit ends each run after one step
-        folder = features.run(parts)
+        assert features.run(parts) == folder
     ours = small.load(folder / "features.safetensors").state_dict()
     for name, value in small.load(whole / "features.safetensors").state_dict().items():
         assert torch.equal(ours[name], value), name

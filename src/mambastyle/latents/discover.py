@@ -20,7 +20,7 @@ CONFIDENT = 0.2
 
 
 class Boundary(NamedTuple):
-    """A boundary's direction and how well it separates samples that the fit did not see (balanced accuracy)."""
+    """A boundary's direction, and its balanced accuracy on samples that the fit did not see."""
 
     direction: Direction
     accuracy: float
@@ -86,7 +86,8 @@ def boundary_direction(
 
     if ws.ndim != 2 or scores.shape != ws.shape[:1]:
         raise ValueError(
-            f"expected ws (samples, w_dim) and scores (samples,), got {tuple(ws.shape)}, {tuple(scores.shape)}"
+            f"expected ws (samples, w_dim) and scores (samples,), got {tuple(ws.shape)} and"
+            f" {tuple(scores.shape)}"
         )
     if not 0 < confident <= 0.5:
         raise ValueError(f"confident is a part of the samples on either side, 0 to 0.5, got {confident}")
@@ -95,8 +96,8 @@ def boundary_direction(
     side = min(int(confident * len(ws)), int(positive.sum()), int(negative.sum()))
     if side < 10:
         raise ValueError(
-            f"{name}: {int(positive.sum())} samples with and {int(negative.sum())} without the attribute among "
-            f"{len(ws)}; expected 10 confident ones on either side: draw more samples"
+            f"{name}: {int(positive.sum())} samples with and {int(negative.sum())} without the attribute"
+            f" among {len(ws)}; expected 10 confident ones on either side: draw more samples"
         )
     order = scores.argsort()
     chosen = torch.cat([order[-side:], order[:side]])

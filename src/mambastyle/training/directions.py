@@ -59,7 +59,8 @@ def discover(
     if method != "pca":
         if features_path is None:
             raise ValueError(
-                f"boundaries need a classifier, and {model} has no features.safetensors: name one, or take pca"
+                f"boundaries need a classifier, and {model} has no features.safetensors:"
+                " name one, or take pca"
             )
         network = small.load(features_path).to(device)
         if heads is None:

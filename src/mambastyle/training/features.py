@@ -301,10 +301,10 @@ def distort(
         return low + (high - low) * torch.rand(batch, 1, 1, 1, generator=generator, device=device)
 
     # Geometry: one affine map per picture; coordinates run from -1 to 1.
-    moved = (uniform(0, 1) > 0.25).float().view(batch)
+    moved = (uniform(0.0, 1.0) > 0.25).float().view(batch)
     angle = uniform(-0.2, 0.2).view(batch) * moved
     zoom = 1 + (uniform(0.75, 1.1).view(batch) - 1) * moved
-    mirror = torch.where(uniform(0, 1).view(batch) < 0.5, -1.0, 1.0)
+    mirror = torch.where(uniform(0.0, 1.0).view(batch) < 0.5, -1.0, 1.0)
     shift_x, shift_y = (uniform(-0.12, 0.12).view(batch) * moved for _ in range(2))
     theta = torch.stack(
         [
@@ -324,8 +324,8 @@ def distort(
     # A grey rectangle over half of the pictures (Zhong et al. 2017, arXiv:1708.04896).
     rows = torch.arange(height, device=device).view(1, 1, -1, 1)
     columns = torch.arange(width, device=device).view(1, 1, 1, -1)
-    size = uniform(0.1, 0.35) * (uniform(0, 1) < 0.5)
-    top, left = uniform(0, 0.8), uniform(0, 0.8)
+    size = uniform(0.1, 0.35) * (uniform(0.0, 1.0) < 0.5)
+    top, left = uniform(0.0, 0.8), uniform(0.0, 0.8)
     covered = (rows >= top * height) & (rows < (top + size) * height)
     covered = covered & (columns >= left * width) & (columns < (left + size) * width)
     return x.masked_fill(covered, 0.0).clamp(-1, 1)
