@@ -31,6 +31,8 @@ CHECKED = [
     "mambastyle.presets",
     "mambastyle.training",
 ]
+# An int is a float here, as PEP 484 has it.
+CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 UNCHECKED_WORDS = ("pytest.raises(", "torch.compile(")
 
 
@@ -41,7 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "no_shape_checks: run this test without executed shape annotations")
     if not config.getoption("--no-shape-checks"):
-        jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
+        jaxtyping.install_import_hook(CHECKED, CHECKER)
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """`mambastyle train gan|inversion|features`: a recipe, some overrides, one training loop."""
 
+import contextlib
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -70,6 +71,10 @@ def parse_overrides(texts: list[str]) -> dict[str, Any]:
             raise ValueError(f"the override {text!r} is not KEY=VALUE: write for example -s steps=1000")
         try:
             values[key.strip()] = yaml.safe_load(value)
+            if isinstance(values[key.strip()], str):
+                # YAML 1.1 reads 1e-3, without a point, as text.
+                with contextlib.suppress(ValueError):
+                    values[key.strip()] = float(value)
         except yaml.YAMLError as error:
             raise ValueError(f"the value of {key} is not valid YAML: {str(error).splitlines()[0]}") from error
     return values
