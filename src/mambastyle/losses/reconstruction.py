@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -75,7 +76,7 @@ def pairs(maps: Maps, target: Maps) -> list[tuple[Tensor, Tensor]]:
 
 def total(terms: Iterable[Tensor]) -> Tensor:
     """The sum of one or more scalars; ValueError for none, which would be a loss that nothing moves."""
-    first, *others = list(terms) or [None]
-    if first is None:
+    found = list(terms)
+    if not found:
         raise ValueError("nothing to add up: name at least one size or map")
-    return sum(others, first)
+    return torch.stack(found).sum()
