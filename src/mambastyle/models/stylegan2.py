@@ -132,11 +132,11 @@ class MappingNetwork(nn.Module):
 
     def forward(
         self,
-        z: Float[Tensor, "b z"],
-        c: Float[Tensor, "b c"] | None = None,
+        z: Float[Tensor, "b z_dim"],
+        c: Float[Tensor, "b c_dim"] | None = None,
         truncation_psi: float = 1.0,
         truncation_cutoff: int | None = None,
-    ) -> Float[Tensor, "b num_ws w"]:
+    ) -> Float[Tensor, "b num_ws w_dim"]:
         """Truncation pulls the first `truncation_cutoff` layers (default all) towards `w_avg`."""
         ws = self.w(z, c)[:, None].expand(-1, self.config.num_ws, -1)
         if truncation_psi == 1.0:
@@ -146,7 +146,9 @@ class MappingNetwork(nn.Module):
             return truncated
         return torch.cat([truncated[:, :truncation_cutoff], ws[:, truncation_cutoff:]], 1)
 
-    def w(self, z: Float[Tensor, "b z"], c: Float[Tensor, "b c"] | None = None) -> Float[Tensor, "b w"]:
+    def w(
+        self, z: Float[Tensor, "b z_dim"], c: Float[Tensor, "b c_dim"] | None = None
+    ) -> Float[Tensor, "b w_dim"]:
         """One w per picture, not truncated."""
         if z.shape[1] != self.config.z_dim:
             raise ValueError(f"expected z of width {self.config.z_dim}, got {z.shape[1]}")
@@ -161,7 +163,7 @@ class MappingNetwork(nn.Module):
         return x
 
     @torch.no_grad()
-    def update_w_avg(self, w: Float[Tensor, "b w"], decay: float = 0.998) -> None:
+    def update_w_avg(self, w: Float[Tensor, "b w_dim"], decay: float = 0.998) -> None:
         """Move the running mean towards the mean of this batch."""
         self.w_avg.copy_(w.mean(0).lerp(self.w_avg, decay))
 
@@ -342,8 +344,8 @@ class Generator(nn.Module):
 
     def forward(
         self,
-        z: Float[Tensor, "b z"],
-        c: Float[Tensor, "b c"] | None = None,
+        z: Float[Tensor, "b z_dim"],
+        c: Float[Tensor, "b c_dim"] | None = None,
         truncation_psi: float = 1.0,
         noise: Noise = "const",
         generator: torch.Generator | None = None,
@@ -353,8 +355,8 @@ class Generator(nn.Module):
 
 
 def mix_styles(
-    ws: Float[Tensor, "b num_ws w"], other: Float[Tensor, "b num_ws w"], cutoff: Tensor
-) -> Float[Tensor, "b num_ws w"]:
+    ws: Float[Tensor, "b num_ws w_dim"], other: Float[Tensor, "b num_ws w_dim"], cutoff: Tensor
+) -> Float[Tensor, "b num_ws w_dim"]:
     """Style mixing (StyleGAN, section 3.1): rows before `cutoff` (batch,) from `ws`, others from `other`."""
     rows = torch.arange(ws.shape[1], device=ws.device)
     return torch.where((rows[None] < cutoff[:, None])[..., None], ws, other)
@@ -436,7 +438,7 @@ class Discriminator(nn.Module):
         self.embed = EqualLinear(config.c_dim, config.w_dim) if config.c_dim else None
 
     def forward(
-        self, image: Float[Tensor, "b 3 r r"], c: Float[Tensor, "b c"] | None = None
+        self, image: Float[Tensor, "b 3 r r"], c: Float[Tensor, "b c_dim"] | None = None
     ) -> Float[Tensor, "b 1"]:
         if image.shape[-1] != self.config.resolution or image.shape[-2] != self.config.resolution:
             size = self.config.resolution

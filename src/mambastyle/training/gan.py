@@ -48,6 +48,7 @@ class ProjectedSection(Section):
     squeezenet: str | None = None
     layers: tuple[str, ...] = ("relu1", "fire4", "fire8", "fire9")
     width: int = 64
+    learning_rate: float = 0.0002
 
 
 class GANConfig(RunConfig):
@@ -105,8 +106,8 @@ class ProjectedDiscriminator(nn.Module):
         maps = self._features[0](image, self.layers)
         self.scales.copy_(torch.stack([maps[name].square().mean().rsqrt() for name in self.layers]))
 
-    def forward(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n"]:
-        """Logits of all scales side by side; every scale weighs the same through its count being averaged."""
+    def forward(self, image: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b n"]]:
+        """Logits of every scale, one tensor each, shallow to deep."""
         maps = self._features[0](image, self.layers)
         mixed, above = [], None
         for number in reversed(range(len(self.layers))):
@@ -115,8 +116,7 @@ class ProjectedDiscriminator(nn.Module):
                 x = x + F.interpolate(above, size=x.shape[2:], mode="nearest")
             above = self.across_scales[number](x) * 0.5
             mixed.append(above)
-        logits = [head(x) for head, x in zip(self.heads, reversed(mixed), strict=True)]
-        return torch.cat([x.flatten(1).float() * (100 / x[0].numel()) for x in logits], 1)
+        return [head(x).flatten(1).float() for head, x in zip(self.heads, reversed(mixed), strict=True)]
 
 
 class GANTask:
@@ -154,15 +154,19 @@ class GANTask:
         )
 
     def _discriminator_player(self) -> Player:
-        judges = [self.discriminator] + ([self.projected] if self.projected else [])
-        parameters = [p for judge in judges for p in judge.parameters() if p.requires_grad]
+        groups = [{"params": list(self.discriminator.parameters())}]
+        if self.projected is not None:
+            # Their weights are not equalised: the image discriminator's rate turns them over in 20 steps.
+            heads = [p for p in self.projected.parameters() if p.requires_grad]
+            groups.append({"params": heads, "lr": self.config.projected.learning_rate})
+        parameters = [parameter for group in groups for parameter in group["params"]]
         weights = {
             "d_adversarial": 1.0,
             "d_projected": self.config.projected.weight,
             "r1": self.config.r1_gamma / 2 * self.config.r1_every,
         }
         return Player(
-            "discriminator", parameters, self._adam(parameters, self.config.r1_every), self._d_terms, weights
+            "discriminator", parameters, self._adam(groups, self.config.r1_every), self._d_terms, weights
         )
 
     def _generator_player(self) -> Player:
@@ -173,13 +177,15 @@ class GANTask:
             "g_projected": self.config.projected.weight,
             "path_length": self.config.path_length_weight * max(every, 1),
         }
-        return Player("generator", parameters, self._adam(parameters, every), self._g_terms, weights)
+        return Player(
+            "generator", parameters, self._adam([{"params": parameters}], every), self._g_terms, weights
+        )
 
-    def _adam(self, parameters: list[nn.Parameter], lazy_every: int) -> torch.optim.Adam:
+    def _adam(self, groups: list[dict[str, Any]], lazy_every: int) -> torch.optim.Adam:
         # Lazy regularisation (StyleGAN2, appendix B): the moments see one more gradient per `lazy_every`.
         ratio = lazy_every / (lazy_every + 1) if lazy_every else 1.0
         betas = (self.config.betas[0] ** ratio, self.config.betas[1] ** ratio)
-        return torch.optim.Adam(parameters, lr=self.config.learning_rate * ratio, betas=betas, eps=1e-8)
+        return torch.optim.Adam(groups, lr=self.config.learning_rate * ratio, betas=betas, eps=1e-8)
 
     def _real(self, random: StepRandom) -> Float[Tensor, "b 3 r r"]:
         chosen = random.epoch_indices(len(self.pictures))
@@ -189,7 +195,7 @@ class GANTask:
             real = torch.where(flip[:, None, None, None], real.flip(3), real)
         return real
 
-    def _ws(self, random: StepRandom, name: str, count: int) -> Float[Tensor, "b num_ws w"]:
+    def _ws(self, random: StepRandom, name: str, count: int) -> Float[Tensor, "b num_ws w_dim"]:
         z = random.normal(name, 2, self.config.model.z_dim)[:count]
         w = self.generator.mapping.w(z[:, 0])
         self.generator.mapping.update_w_avg(process_mean(w.detach().mean(0, keepdim=True)))
@@ -219,8 +225,9 @@ class GANTask:
             fake_logits, real_logits = self._apart(self.discriminator, both)
         terms = {"d_adversarial": adversarial.discriminator_loss(fake_logits, real_logits)}
         if self.projected is not None:
-            judged = self.projected(both.detach()).chunk(2)
-            terms["d_projected"] = adversarial.hinge_discriminator_loss(*judged)
+            scales = [logits.chunk(2) for logits in self.projected(both.detach())]
+            losses = [adversarial.hinge_discriminator_loss(*pair) for pair in scales]
+            terms["d_projected"] = torch.stack(losses).sum()
         if regularise:
             terms["r1"] = adversarial.r1_penalty(real, real_logits)
         self.signs.append(float(process_mean(real_logits.detach().sign().mean())))
@@ -237,7 +244,8 @@ class GANTask:
         fake = fake.contiguous(memory_format=torch.channels_last)
         terms = {"g_adversarial": adversarial.generator_loss(self.discriminator(fake))}
         if self.projected is not None:
-            terms["g_projected"] = adversarial.hinge_generator_loss(self.projected(fake))
+            losses = [adversarial.hinge_generator_loss(logits) for logits in self.projected(fake)]
+            terms["g_projected"] = torch.stack(losses).sum()
         self.fake = None
         every = self.config.path_length_every
         if every and random.step % every == every // 2:

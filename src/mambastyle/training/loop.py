@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import yaml
@@ -44,6 +44,7 @@ class Player:
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
 
 
+@runtime_checkable
 class Task(Protocol):
     """What a file of training/ supplies. `modules` are saved; of `averaged` a moving average is kept too."""
 
@@ -175,7 +176,7 @@ def _step(step: int, task: Task, config: RunConfig, accelerator: Accelerator, lo
             loss = torch.stack([player.weights[name] * term.float() for name, term in terms.items()]).sum()
             loss = loss / config.accumulate
             if not torch.isfinite(loss):
-                values = {name: float(term) for name, term in terms.items()}
+                values = {name: float(term.detach()) for name, term in terms.items()}
                 raise FloatingPointError(f"{player.name}: the loss of step {step} is not finite: {values}")
             loss.backward()
             for name, term in terms.items():

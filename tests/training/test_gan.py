@@ -1,0 +1,106 @@
+"""GAN training on a tiny pack: every term appears, the run resumes exactly, the checkpoint loads."""
+
+import io
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mambastyle import checkpoints
+from mambastyle.models.stylegan2 import Generator, StyleGAN2Config
+from mambastyle.training.augment import AdaptiveProbability, augment
+from mambastyle.training.gan import GANConfig, run
+
+MODEL = {
+    "resolution": 32,
+    "z_dim": 8,
+    "w_dim": 8,
+    "mapping_layers": 2,
+    "widths": [8, 8, 8, 4],
+    "feature_layer": 5,
+}
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    with zipfile.ZipFile(tmp_path / "pack.zip", "w") as archive:
+        archive.writestr("labels.csv", "file,split\n" + "".join(f"{n}.png,train\n" for n in range(6)))
+        for number in range(6):
+            buffer = io.BytesIO()
+            Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(buffer, "PNG")
+            archive.writestr(f"{number}.png", buffer.getvalue())
+    return {
+        "name": "gan",
+        "output": str(tmp_path / "runs"),
+        "steps": 6,
+        "batch": 4,
+        "log_every": 1,
+        "sample_every": 6,
+        "checkpoint_every": 3,
+        "model": MODEL,
+        "data": {"pack": str(tmp_path / "pack.zip")},
+        "projected": {"weight": 0.0},
+        "r1_every": 2,
+        "path_length_every": 2,
+    }
+
+
+def test_resumes_exactly_and_exports_a_generator(settings):
+    whole = run(GANConfig(**settings))
+    run(GANConfig(**(settings | {"name": "again", "steps": 3})))
+    again = run(GANConfig(**(settings | {"name": "again"})))
+    first, second = (checkpoints.load(folder / "generator.safetensors") for folder in (whole, again))
+    assert first.kind == "stylegan2"
+    for name, tensor in first.tensors.items():
+        assert torch.equal(tensor, second.tensors[name]), name
+    config = checkpoints.config_from_dict(StyleGAN2Config, first.config)
+    generator = Generator(config)
+    tensors = {
+        n.removeprefix("generator."): t for n, t in first.tensors.items() if n.startswith("generator.")
+    }
+    generator.load_state_dict(tensors)
+    assert generator(torch.zeros(1, 8)).shape == (1, 3, 32, 32)
+    log = (whole / "log.jsonl").read_text()
+    for term in ("d_adversarial", "g_adversarial", "r1", "path_length"):
+        assert f'"{term}"' in log
+    assert (whole / "samples" / "step-00000006.png").is_file()
+    assert generator.mapping.w_avg.abs().sum() > 0
+
+
+def test_bad_settings_are_errors(settings):
+    with pytest.raises(ValueError, match="batch of at least 2"):
+        run(GANConfig(**(settings | {"batch": 1})))
+    with pytest.raises(ValueError, match="did you mean"):
+        GANConfig(**(settings | {"model": {"resolutoin": 32}}))
+
+
+def test_augmentation_is_differentiable_seeded_and_off_at_zero():
+    image = torch.rand(4, 3, 16, 16, requires_grad=True)
+    assert augment(image, 0.0, torch.Generator()) is image
+    first = augment(image, 1.0, torch.Generator().manual_seed(1))
+    second = augment(image, 1.0, torch.Generator().manual_seed(1))
+    assert torch.equal(first, second)
+    assert not torch.allclose(first, image)
+    first.sum().backward()
+    assert image.grad.abs().sum() > 0
+
+
+def test_a_colour_map_with_nothing_happening_is_the_identity():
+    image = torch.rand(4, 3, 16, 16)
+    out = augment(image, 1e-12, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(out, image, rtol=1e-4, atol=1e-5)
+
+
+def test_the_probability_follows_the_overfitting_heuristic():
+    probability = AdaptiveProbability(target=0.6, images=1000, maximum=0.8)
+    probability.update(1.0, 100)
+    assert probability.value == pytest.approx(0.1)
+    probability.update(0.0, 200)
+    assert probability.value == 0.0
+    for _ in range(20):
+        probability.update(1.0, 100)
+    assert probability.value == 0.8
