@@ -71,6 +71,22 @@ def test_a_demo_without_examples_says_what_to_do(run, tmp_path, monkeypatch):
     assert (code, err) == (1, "error: no folder examples here: run it in the repository, or name pictures\n")
 
 
+def test_evaluate_prints_and_writes_numbers(run, tiny_model_folder, faces, tmp_path, monkeypatch):
+    import json
+
+    from mambastyle.evaluation.inversion import Judges
+
+    monkeypatch.setattr(Judges, "found", classmethod(lambda cls: cls()))
+    faces[1].write_bytes(b"")
+    out = tmp_path / "numbers.json"
+    arguments = ("-m", tiny_model_folder, "-o", out, "--device", "cpu")
+    code, text, err = run("evaluate", "inversion", faces[0].parent, *arguments)
+    assert code == 1
+    assert "2 of 3 done" in err
+    assert "l2" in text
+    assert json.loads(out.read_text())["count"] == 2
+
+
 def test_train_names_a_missing_recipe_and_a_wrong_override(run, tmp_path):
     code, _, err = run("train", "gan", tmp_path / "none.yaml")
     assert code == 1

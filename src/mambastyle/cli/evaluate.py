@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mambastyle.cli.batch import Batch
 from mambastyle.cli.pictures import BatchSize, Device, Inputs, Model
 
 app = typer.Typer(help="Measure a model on pictures it was not trained on.", no_args_is_help=True)
@@ -41,11 +42,21 @@ def inversion(
     from mambastyle.evaluation.inversion import evaluate
     from mambastyle.files import write_whole
 
+    batch = Batch()
+    paths = batch.find(inputs)
     inverter = load(model, device=device, batch_size=batch_size)
-    numbers = evaluate(inverter, images.find(inputs))
+    pictures = []
+    for path in paths:
+        with batch.attempt(path):
+            pictures.append(images.center_crop_square(images.read(path, at_least=inverter.resolution)))
+            batch.done += 1
+    if not pictures:
+        return batch.finish()
+    numbers = evaluate(inverter, pictures)
     table = Table("metric", "value", box=None, pad_edge=False)
     for name, value in numbers.items():
         table.add_row(name, f"{value:.4g}")
     Console().print(table)
     if out is not None:
         write_whole(out, (json.dumps(numbers, indent=2) + "\n").encode())
+    return batch.finish(out)
