@@ -23,6 +23,7 @@ from mambastyle.data.packs import from_bytes, open_pack
 from mambastyle.features.squeezenet import CHANNELS, SqueezeNetFeatures
 from mambastyle.losses import adversarial
 from mambastyle.models.stylegan2 import Discriminator, Generator, StyleGAN2Config, mix_styles
+from mambastyle.ops.resample import blur
 from mambastyle.training.augment import AdaptiveProbability, augment
 from mambastyle.training.config import RunConfig, Section
 from mambastyle.training.loop import Player, Terms, process_mean, train
@@ -60,7 +61,7 @@ class GANConfig(RunConfig):
     discriminator_widths: tuple[int, ...] = ()
     learning_rate: float = 0.0025
     betas: tuple[float, float] = (0.0, 0.99)
-    r1_gamma: float = 0.05
+    r1_gamma: float = 0.3
     r1_every: int = 16
     path_length_weight: float = 2.0
     path_length_every: int = 8
@@ -103,12 +104,17 @@ class ProjectedDiscriminator(nn.Module):
     @torch.no_grad()
     def calibrate(self, image: Float[Tensor, "b 3 h w"]) -> None:
         """Bring every map to unit root mean square on these pictures: SqueezeNet's are tens to hundreds."""
-        maps = self._features[0](image, self.layers)
+        maps = self._maps(image)
         self.scales.copy_(torch.stack([maps[name].square().mean().rsqrt() for name in self.layers]))
+
+    def _maps(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
+        # Seen through a binomial filter of 7 taps: 93 % of the gradient of SqueezeNet's maps is finer than
+        # 4 px (18 % of the image discriminator's) and unfiltered it drowned the faces in texture.
+        return self._features[0](blur(blur(image, padding=2), padding=1), self.layers)
 
     def forward(self, image: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b n"]]:
         """Logits of every scale, one tensor each, shallow to deep."""
-        maps = self._features[0](image, self.layers)
+        maps = self._maps(image)
         mixed, above = [], None
         for number in reversed(range(len(self.layers))):
             x = self.across_channels[number](maps[self.layers[number]] * self.scales[number])
@@ -227,7 +233,7 @@ class GANTask:
         if self.projected is not None:
             scales = [logits.chunk(2) for logits in self.projected(both.detach())]
             losses = [adversarial.hinge_discriminator_loss(*pair) for pair in scales]
-            terms["d_projected"] = torch.stack(losses).sum()
+            terms["d_projected"] = torch.stack(losses).mean()
         if regularise:
             terms["r1"] = adversarial.r1_penalty(real, real_logits)
         self.signs.append(float(process_mean(real_logits.detach().sign().mean())))
@@ -245,7 +251,7 @@ class GANTask:
         terms = {"g_adversarial": adversarial.generator_loss(self.discriminator(fake))}
         if self.projected is not None:
             losses = [adversarial.hinge_generator_loss(logits) for logits in self.projected(fake)]
-            terms["g_projected"] = torch.stack(losses).sum()
+            terms["g_projected"] = torch.stack(losses).mean()
         self.fake = None
         every = self.config.path_length_every
         if every and random.step % every == every // 2:
