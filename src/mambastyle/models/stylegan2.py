@@ -1,5 +1,6 @@
 """StyleGAN2, configuration F: mapping, synthesis and discriminator (Karras et al. 2020)."""
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mambastyle.checkpoints import Checkpoint, config_from_dict
 from mambastyle.ops.modulated_conv import demodulation, modulated_conv2d
 from mambastyle.ops.resample import blur, downsample2, upsample2
 
@@ -341,6 +343,21 @@ class Generator(nn.Module):
         self.config = config
         self.mapping = MappingNetwork(config)
         self.synthesis = SynthesisNetwork(config)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint, feature_layer: int | None = None) -> "Generator":
+        """The frozen generator of a checkpoint of kind "stylegan2", in float32.
+
+        feature_layer: where a feature enters, if not where the checkpoint says; no tensor depends on it.
+        """
+        config = config_from_dict(StyleGAN2Config, checkpoint.config)
+        if feature_layer is not None:
+            config = dataclasses.replace(config, feature_layer=feature_layer)
+        with torch.random.fork_rng(devices=[]):
+            generator = cls(config)
+        tensors = checkpoint.part("generator.")
+        generator.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+        return generator.requires_grad_(False).eval()
 
     def forward(
         self,

@@ -10,21 +10,11 @@ from mambastyle import checkpoints
 from mambastyle.features import small
 from mambastyle.latents.directions import Directions
 from mambastyle.latents.discover import discover as discover_in
-from mambastyle.models.stylegan2 import Generator, StyleGAN2Config
+from mambastyle.models.stylegan2 import Generator
 from mambastyle.presets import PRESETS, find_model
 
 # What the packaged classifier was trained on that generated faces can show; its other heads know photographs.
 FACE_HEADS = ("gender", "status")
-
-
-def load_generator(path: str | Path) -> tuple[Generator, str]:
-    """A frozen generator from a checkpoint of kind "stylegan2", and the hash of its file."""
-    checkpoint = checkpoints.load(path, kind="stylegan2")
-    with torch.random.fork_rng():
-        generator = Generator(checkpoints.config_from_dict(StyleGAN2Config, checkpoint.config))
-    tensors = {name: t.float() for name, t in checkpoint.part("generator.").items()}
-    generator.load_state_dict(tensors)
-    return generator.requires_grad_(False).eval(), checkpoint.sha256
 
 
 def discover(
@@ -53,8 +43,8 @@ def discover(
         raise ValueError(f"expected the method pca, boundary or both, got {method!r}")
     generator_path, features_path = _files(model)
     features_path = features_path if classifier is None else Path(classifier)
-    generator, sha256 = load_generator(generator_path)
-    generator.to(device)
+    checkpoint = checkpoints.load(generator_path, kind="stylegan2")
+    generator = Generator.from_checkpoint(checkpoint).to(device)
     network = None
     if method != "pca":
         if features_path is None:
@@ -78,7 +68,7 @@ def discover(
         conditional=conditional,
         seed=seed,
         progress=progress,
-        generator_hash=sha256,
+        generator_hash=checkpoint.sha256,
     )
 
 

@@ -5,7 +5,6 @@ X_e = G(w + d). Each step inverts X, edits the inversion by d, and goes back by 
 part of the batch: they have no known w, so the terms that compare with w or with X_e leave them out.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -156,7 +155,9 @@ class InversionTask:
 
     def __init__(self, config: InversionConfig, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.generator = load_generator(config.generator, config.model.feature_layer).to(device)
+        source = checkpoints.load(config.generator, kind="stylegan2")
+        # Where the feature enters is MambaStyle's choice.
+        self.generator = Generator.from_checkpoint(source, config.model.feature_layer).to(device)
         check_match(config.model, self.generator.config)
         self.model = MambaStyle(config.model).to(device)
         self.modules: dict[str, nn.Module] = {"model": self.model}
@@ -426,17 +427,6 @@ class InversionTask:
 
     def _any(self, *names: str) -> bool:
         return any(self.weights[name] for name in names)
-
-
-def load_generator(path: str, feature_layer: int) -> Generator:
-    """The frozen generator of a checkpoint, taking a feature at `feature_layer`."""
-    checkpoint = checkpoints.load(path, kind="stylegan2")
-    config = checkpoints.config_from_dict(StyleGAN2Config, checkpoint.config)
-    # Where the feature enters is MambaStyle's choice; the generator's tensors do not depend on it.
-    generator = Generator(dataclasses.replace(config, feature_layer=feature_layer))
-    tensors = checkpoint.part("generator.")
-    generator.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    return generator.requires_grad_(False).eval()
 
 
 def check_match(model: MambaStyleConfig, generator: StyleGAN2Config) -> None:
