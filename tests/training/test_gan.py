@@ -46,6 +46,7 @@ def settings(tmp_path, monkeypatch):
         "projected": {"weight": 0.0},
         "r1_every": 2,
         "path_length_every": 2,
+        "path_length_after": 2,
     }
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mambastyle.ops import selective_scan
+from mambastyle.ops import cross_paths, ss2d_scan
 
 Scan = Literal["selective", "identity"]
 
@@ -42,39 +42,6 @@ class SS2DConfig:
     @property
     def dt_rank(self) -> int:
         return math.ceil(self.dim / 16)
-
-
-def cross_scan(
-    x: Float[Tensor, "batch channels height width"],
-) -> Float[Tensor, "batch 4 channels length"]:
-    """Read a grid along rows, columns, and both reversed.
-
-    The order is that of `ops.scan_paths.cross_paths`; transposes and flips are used because the backward of
-    an index is a scattered add.
-    """
-    rows, columns = x.flatten(2), x.transpose(2, 3).flatten(2)
-    forward = torch.stack((rows, columns), 1)
-    return torch.cat((forward, forward.flip(-1)), 1)  # (batch, 4, channels, length)
-
-
-def cross_order(
-    x: Float[Tensor, "batch 4 channels height width"],
-) -> Float[Tensor, "batch 4 channels length"]:
-    """Put four maps, one for each path, into the order in which their path visits the grid."""
-    rows, columns = x[:, 0::2].flatten(3), x[:, 1::2].transpose(3, 4).flatten(3)
-    forward = torch.stack((rows[:, 0], columns[:, 0]), 1)
-    reverse = torch.stack((rows[:, 1], columns[:, 1]), 1).flip(-1)
-    return torch.cat((forward, reverse), 1)  # (batch, 4, channels, length)
-
-
-def cross_merge(
-    y: Float[Tensor, "batch 4 channels length"], height: int, width: int
-) -> Float[Tensor, "batch channels height width"]:
-    """Put the outputs of the four paths back in place and add them: the adjoint of `cross_scan`."""
-    forward = y[:, :2] + y[:, 2:].flip(-1)
-    rows = forward[:, 0].unflatten(-1, (height, width))
-    columns = forward[:, 1].unflatten(-1, (width, height)).transpose(2, 3)
-    return rows + columns
 
 
 class SS2D(nn.Module):
@@ -114,34 +81,34 @@ class SS2D(nn.Module):
     def forward(
         self, grid: Float[Tensor, "batch height width channels"]
     ) -> Float[Tensor, "batch height width channels"]:
-        x, z = self.in_proj(grid).chunk(2, dim=-1)
-        x = F.silu(self.conv2d(x.permute(0, 3, 1, 2).contiguous()))  # (batch, inner, height, width)
+        # Two products and not one that is cut: each half is then contiguous for what comes next.
+        to_x, to_z = self.in_proj.weight.chunk(2)
+        x, z = F.linear(grid, to_x), F.linear(grid, to_z)  # (batch, height, width, inner)
+        # A permuted contiguous grid is what torch calls channels-last: nothing is moved.
+        x = F.silu(self.conv2d(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         y = self.scan(x) if self.config.scan == "selective" else x
-        y = self.out_norm(y.permute(0, 2, 3, 1)).to(z.dtype)  # (batch, height, width, inner)
-        return self.out_proj(y * F.silu(z))
+        return self.out_proj(self.out_norm(y).to(z.dtype) * F.silu(z))
 
-    def scan(self, x: Float[Tensor, "batch inner height width"]) -> Float[Tensor, "batch inner height width"]:
+    def scan(self, x: Float[Tensor, "batch height width inner"]) -> Float[Tensor, "batch height width inner"]:
         """Scan along the four paths, each with its own parameters, and add the results."""
-        height, width = x.shape[2:]
+        height, width = x.shape[1:3]
         rank, state = self.config.dt_rank, self.config.state
-        # A projection acts on one position at a time: one product serves all four paths before they are
-        # ordered, and only its few channels are moved.
-        projected = torch.matmul(self.x_proj_weight.flatten(0, 1), x.flatten(2))
-        projected = projected.unflatten(1, (4, -1)).unflatten(-1, (height, width))
-        delta, B, C = cross_order(projected).split((rank, state, state), dim=2)
-        delta = torch.matmul(self.dt_projs_weight, delta)  # (batch, 4, inner, length)
-        y = selective_scan(
-            cross_scan(x).flatten(1, 2),
-            delta.flatten(1, 2),
-            -torch.exp(self.A_logs.float()),
+        tokens = x.flatten(1, 2)  # (batch, length, inner)
+        # A projection acts on one position at a time: one product serves all four paths.
+        projected = F.linear(tokens, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (4, -1))
+        dt_low, B, C = projected.split((rank, state, state), dim=-1)
+        y = ss2d_scan(
+            tokens,
+            dt_low,
+            self.dt_projs_weight,
+            -torch.exp(self.A_logs.float()).unflatten(0, (4, -1)),
             B,
             C,
-            self.Ds.float(),
-            delta_bias=self.dt_projs_bias.flatten().float(),
-            delta_softplus=True,
-        )  # (batch, 4 * inner, length)
-        assert isinstance(y, Tensor)  # a pair only where the last state is asked for
-        return cross_merge(y.unflatten(1, (4, -1)), height, width)
+            self.Ds.float().unflatten(0, (4, -1)),
+            self.dt_projs_bias,
+            cross_paths(height, width, device=x.device),
+        )
+        return y.unflatten(1, (height, width))
 
 
 def initial_A_log(like: Float[Tensor, "channels state"]) -> Float[Tensor, "channels state"]:

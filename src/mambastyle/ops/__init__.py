@@ -2,6 +2,7 @@
 
 from mambastyle.ops.scan_paths import cross_paths, inverse_paths, zigzag_paths
 from mambastyle.ops.selective_scan import available_backends, scan_backend, selective_scan, unavailable_reason
+from mambastyle.ops.ss2d_scan import ss2d_scan
 
 __all__ = [
     "available_backends",
@@ -9,6 +10,7 @@ __all__ = [
     "inverse_paths",
     "scan_backend",
     "selective_scan",
+    "ss2d_scan",
     "unavailable_reason",
     "zigzag_paths",
 ]

@@ -1,42 +1,43 @@
-"""The selective scan on the CPU: Numba kernels over an explicit vector type, and the PyTorch ops around them.
+"""The selective scan on the CPU: Numba kernels, and the PyTorch ops around them.
 
 Sixteen neighbouring channels share a vector, the states of a channel are vectors beside each other, and time
 runs in sequence, in tiles of CHUNK steps that are transposed through registers on their way in and out.
 docs/kernels.md has the design and what was measured.
 
-The vector type and the kernels share a file because Numba's cache sees only the file that a kernel stands in.
 The module imports numba and is itself imported only when a scan asks for it.
 """
 
-import hashlib
-import inspect
-import logging
-import operator
-import os
-import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from jaxtyping import Float
-from llvmlite import ir
-from numba import extending, types
-from numba.core import cgutils
-from numba.extending import lower_builtin, models, register_model, type_callable
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from mambastyle.ops.cpu_vectors import (
+    LANES,
+    LN_2,
+    LOG2_E,
+    STATES,
+    broadcast,
+    broadcast_states,
+    dot_states,
+    exp2,
+    fma,
+    kernel,
+    load,
+    load_states,
+    logistic,
+    repeat,
+    softplus,
+    splat,
+    store,
+    sum_lanes,
+    transpose,
+)
 from mambastyle.ops.selective_scan.cpu_threads import run_ranges
 
-_log = logging.getLogger(__name__)
-# What it returns is called in kernels, without the typing context that its argument takes.
-intrinsic: Any = extending.intrinsic
-
-LANES = 16
-STATES = 4  # computed together: as many as leave their A, h and gradients in registers
 CHUNK = 64  # steps per tile, and between the states that the backward pass starts from
 # The backward pass cuts the channels until it has this many tasks; fixed, so that sums do not depend on
 # threads.
@@ -45,427 +46,12 @@ SPLITS = 16
 SERIAL_STATE_STEPS = 3_000_000
 
 # ------------------------------------------------------------------------------------------------------------
-# Two types for Numba: a vector of 16 floats, and four of them, for four states. LLVM splits the vectors where
-# registers are shorter (AVX2, SSE, NEON).
-
-_FLOAT = ir.FloatType()
-_INT = ir.IntType(32)
-_FLOATS = ir.VectorType(_FLOAT, LANES)
-_FOUR_FLOATS = ir.ArrayType(_FLOATS, STATES)
-_INTS = ir.VectorType(_INT, LANES)
-_UNDEFINED = ir.Constant(_FLOATS, ir.Undefined)
-
-# exp2(r) on [-1/2, 1/2], highest power first: the polynomial of least relative error (9.1e-8, by linear
-# programming) among those whose last coefficient is exactly 1. A step size near zero must keep the state as
-# it is, or the error grows with the length of the memory.
-_EXP2 = (
-    0.0013264723231644802,
-    0.009671512614646473,
-    0.05550733755230193,
-    0.2402224208606418,
-    0.693146977594682,
-    1.0,
-)
-# log(1 + e) / e on [0, 1], highest power first.
-_LOG1P = (
-    0.0052326932508425655,
-    -0.029505243262125086,
-    0.07822597556073553,
-    -0.1366324951578318,
-    0.1910600956772305,
-    -0.24842983320740317,
-    0.33319097028590217,
-    -0.4999949315974462,
-    0.9999999698843781,
-)
-_LOG2_E = np.float32(1.4426950408889634)
-_LN_2 = np.float32(0.6931471805599453)
-
-
-class _RegisterType(types.Type):
-    """A value that lives in registers: the Numba type `name` for the LLVM type `llvm_type`."""
-
-    def __init__(self, name: str, llvm_type: ir.Type) -> None:
-        super().__init__(name=name)
-        self.llvm_type = llvm_type
-
-
-_vector = _RegisterType("float32x16", _FLOATS)
-_quad = _RegisterType("float32x16x4", _FOUR_FLOATS)
-
-
-@register_model(_RegisterType)
-class _RegisterModel(models.PrimitiveModel):
-    def __init__(self, manager: Any, frontend_type: Any) -> None:
-        super().__init__(manager, frontend_type, frontend_type.llvm_type)
-
-
-def _floats(value: float) -> ir.Constant:
-    return ir.Constant(_FLOATS, [ir.Constant(_FLOAT, value)] * LANES)
-
-
-def _ints(value: int) -> ir.Constant:
-    return ir.Constant(_INTS, [ir.Constant(_INT, value)] * LANES)
-
-
-def _lane_order(lanes: list[int]) -> ir.Constant:
-    return ir.Constant(_INTS, [ir.Constant(_INT, lane) for lane in lanes])
-
-
-def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
-    return builder.gep(context.make_array(array_type)(context, builder, array).data, [index])
-
-
-def _load(builder: Any, address: Any) -> Any:
-    loaded = builder.load(builder.bitcast(address, _FLOATS.as_pointer()))
-    loaded.align = 4
-    return loaded
-
-
-def _store(builder: Any, value: Any, address: Any) -> None:
-    builder.store(value, builder.bitcast(address, _FLOATS.as_pointer()), align=4)
-
-
-def _splat(builder: Any, value: Any) -> Any:
-    first = builder.insert_element(_UNDEFINED, value, ir.Constant(_INT, 0))
-    return builder.shuffle_vector(first, _UNDEFINED, _ints(0))
-
-
-def _call(builder: Any, name: str, *values: Any) -> Any:
-    """Calls an LLVM intrinsic on vectors."""
-    function_type = ir.FunctionType(_FLOATS, [_FLOATS] * len(values))
-    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), values)
-
-
-def _join(builder: Any, vectors: list[Any]) -> Any:
-    quad = ir.Constant(_FOUR_FLOATS, ir.Undefined)
-    for number, vector in enumerate(vectors):
-        quad = builder.insert_value(quad, vector, number)
-    return quad
-
-
-def _split(builder: Any, value: Any) -> list[Any]:
-    """The four vectors of a quad; a vector stands for four equal ones."""
-    if value.type == _FLOATS:
-        return [value] * STATES
-    return [builder.extract_value(value, number) for number in range(STATES)]
-
-
-def _each(builder: Any, result: Any, operation: Callable[..., Any], arguments: Any) -> Any:
-    """The operation on vectors, or on each vector of the quads if the result is a quad."""
-    if result is _vector:
-        return operation(*arguments)
-    split = [_split(builder, argument) for argument in arguments]
-    return _join(builder, [operation(*vectors) for vectors in zip(*split, strict=True)])
-
-
-def _widest(*arguments: Any) -> Any:
-    """The Numba type of an operation on vectors and quads, None if there is another type among them."""
-    if not all(isinstance(argument, _RegisterType) for argument in arguments):
-        return None
-    return _quad if _quad in arguments else _vector
-
-
-def _fma(builder: Any, x: Any, y: Any, z: Any) -> Any:
-    return _call(builder, "llvm.fmuladd.v16f32", x, y, z)
-
-
-def _polynomial(builder: Any, coefficients: tuple[float, ...], x: Any) -> Any:
-    value = _floats(coefficients[0])
-    for coefficient in coefficients[1:]:
-        value = _fma(builder, value, x, _floats(coefficient))
-    return value
-
-
-def _at_least(builder: Any, x: Any, bound: float) -> Any:
-    # This order of comparison keeps NaN, and is one machine instruction.
-    return builder.select(builder.fcmp_ordered(">", _floats(bound), x), _floats(bound), x)
-
-
-def _at_most(builder: Any, x: Any, bound: float) -> Any:
-    return builder.select(builder.fcmp_ordered("<", _floats(bound), x), _floats(bound), x)
-
-
-def _exp2(context: Any, builder: Any, x: Any) -> Any:
-    """2 ** x with a relative error of 2e-7; infinite above the range of float32.
-
-    Below the normal range it is exact with AVX-512 and 2 ** -126 without.
-    """
-    if "+avx512f" in context.codegen().magic_tuple()[2].split(","):
-        whole = _call(builder, "llvm.rint.v16f32", x)
-        mantissa = _polynomial(builder, _EXP2, builder.fsub(x, whole))
-        scale = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(_FLOATS, [_FLOATS, _FLOATS, _FLOATS, ir.IntType(16), _INT]),
-            "llvm.x86.avx512.mask.scalef.ps.512",
-        )
-        all_lanes, current_rounding = ir.Constant(ir.IntType(16), -1), ir.Constant(_INT, 4)
-        return builder.call(scale, [mantissa, whole, mantissa, all_lanes, current_rounding])
-    # Adding 1.5 * 2 ** 23 rounds to a whole number and leaves it in the low bits; shifted into the exponent,
-    # it scales. At 128 the mantissa is exactly 1 and the exponent all ones: infinity, as it should be.
-    x = _at_most(builder, _at_least(builder, x, -126.0), 128.0)
-    shifted = builder.fadd(x, _floats(12582912.0))
-    whole = builder.fsub(shifted, _floats(12582912.0))
-    mantissa = _polynomial(builder, _EXP2, builder.fsub(x, whole))
-    exponent = builder.shl(builder.bitcast(shifted, _INTS), _ints(23))
-    return builder.bitcast(builder.add(builder.bitcast(mantissa, _INTS), exponent), _FLOATS)
-
-
-def _exp_minus_abs(context: Any, builder: Any, x: Any) -> Any:
-    magnitude = builder.bitcast(builder.and_(builder.bitcast(x, _INTS), _ints(0x7FFFFFFF)), _FLOATS)
-    return _exp2(context, builder, builder.fmul(magnitude, _floats(-float(_LOG2_E))))
-
-
-def _register_operator(function: Any, instruction: str) -> None:
-    @type_callable(function)
-    def _type(context: Any) -> Any:
-        return lambda x, y: _widest(x, y)
-
-    @lower_builtin(function, _RegisterType, _RegisterType)
-    def _lower(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _each(builder, signature.return_type, getattr(builder, instruction), arguments)
-
-
-for _function, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul")):
-    _register_operator(_function, _instruction)
-
-
-@intrinsic
-def load(typing_context, array, index):  # type: ignore  # the arguments are Numba types
-    """array[index : index + 16]."""
-
-    def generate(context, builder, signature, arguments):
-        return _load(builder, _address(context, builder, signature.args[0], *arguments))
-
-    return _vector(array, types.intp), generate
-
-
-@intrinsic
-def load_states(typing_context, array, index):  # type: ignore
-    """array[index : index + 64], four states of 16 channels."""
-
-    def generate(context, builder, signature, arguments):
-        array, index = arguments
-        starts = [builder.add(index, ir.Constant(index.type, number * LANES)) for number in range(STATES)]
-        addresses = [_address(context, builder, signature.args[0], array, start) for start in starts]
-        return _join(builder, [_load(builder, address) for address in addresses])
-
-    return _quad(array, types.intp), generate
-
-
-@intrinsic
-def store(typing_context, array, index, value):  # type: ignore
-    """array[index : index + 16 or 64] = value, a vector or a quad."""
-
-    def generate(context, builder, signature, arguments):
-        array, index, value = arguments
-        vectors = [value] if signature.args[2] is _vector else _split(builder, value)
-        for number, vector in enumerate(vectors):
-            start = builder.add(index, ir.Constant(index.type, number * LANES))
-            _store(builder, vector, _address(context, builder, signature.args[0], array, start))
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, value), generate
-
-
-@intrinsic
-def broadcast(typing_context, array, index):  # type: ignore
-    """array[index] in every lane."""
-
-    def generate(context, builder, signature, arguments):
-        return _splat(builder, builder.load(_address(context, builder, signature.args[0], *arguments)))
-
-    return _vector(array, types.intp), generate
-
-
-@intrinsic
-def broadcast_states(typing_context, array, index):  # type: ignore
-    """array[index : index + 4], each in every lane of its vector."""
-
-    def generate(context, builder, signature, arguments):
-        array, index = arguments
-        indices = [builder.add(index, ir.Constant(index.type, number)) for number in range(STATES)]
-        addresses = [_address(context, builder, signature.args[0], array, i) for i in indices]
-        return _join(builder, [_splat(builder, builder.load(address)) for address in addresses])
-
-    return _quad(array, types.intp), generate
-
-
-@intrinsic
-def splat(typing_context, value):  # type: ignore
-    """One float32 in every lane."""
-
-    def generate(context, builder, signature, arguments):
-        return _splat(builder, arguments[0])
-
-    return _vector(types.float32), generate
-
-
-@intrinsic
-def repeat(typing_context, vector):  # type: ignore
-    """The vector for each of four states."""
-
-    def generate(context, builder, signature, arguments):
-        return _join(builder, _split(builder, arguments[0]))
-
-    return _quad(_vector), generate
-
-
-@intrinsic
-def fma(typing_context, x, y, z):  # type: ignore
-    """x * y + z, in one rounding where the machine has it."""
-
-    def generate(context, builder, signature, arguments):
-        return _each(builder, signature.return_type, lambda *xyz: _fma(builder, *xyz), arguments)
-
-    return _widest(x, y, z)(x, y, z), generate
-
-
-@intrinsic
-def dot_states(typing_context, x, y, start):  # type: ignore
-    """start + the sum of x * y over the four states: a vector."""
-
-    def generate(context, builder, signature, arguments):
-        x, y, total = arguments
-        for pair in zip(_split(builder, x), _split(builder, y), strict=True):
-            total = _fma(builder, *pair, total)
-        return total
-
-    return _vector(_quad, _quad, _vector), generate
-
-
-@intrinsic
-def exp2(typing_context, x):  # type: ignore
-    def generate(context, builder, signature, arguments):
-        return _each(builder, signature.return_type, lambda value: _exp2(context, builder, value), arguments)
-
-    return _widest(x)(x), generate
-
-
-@intrinsic
-def softplus(typing_context, x):  # type: ignore
-    """log(1 + exp(x)) = max(x, 0) + log(1 + e) with e = exp(-|x|), which overflows nowhere."""
-
-    def generate(context, builder, signature, arguments):
-        e = _exp_minus_abs(context, builder, arguments[0])
-        return _fma(builder, _polynomial(builder, _LOG1P, e), e, _at_least(builder, arguments[0], 0.0))
-
-    return _vector(_vector), generate
-
-
-@intrinsic
-def logistic(typing_context, x):  # type: ignore
-    """1 / (1 + exp(-x)), the slope of softplus: (1 or e) / (1 + e) with e = exp(-|x|)."""
-
-    def generate(context, builder, signature, arguments):
-        e = _exp_minus_abs(context, builder, arguments[0])
-        one = _floats(1.0)
-        numerator = builder.select(builder.fcmp_ordered(">", arguments[0], _floats(0.0)), one, e)
-        return builder.fdiv(numerator, builder.fadd(one, e))
-
-    return _vector(_vector), generate
-
-
-@intrinsic
-def sum_lanes(typing_context, x):  # type: ignore
-    """The sum of the 16 lanes, by halves."""
-
-    def generate(context, builder, signature, arguments):
-        value, lanes = arguments[0], LANES
-        while lanes > 1:
-            lanes //= 2
-            upper = _lane_order([lane + lanes if lane < lanes else 0 for lane in range(LANES)])
-            value = builder.fadd(value, builder.shuffle_vector(value, _UNDEFINED, upper))
-        return builder.extract_element(value, ir.Constant(_INT, 0))
-
-    return types.float32(_vector), generate
-
-
-@intrinsic
-def transpose(typing_context, source, start, row_step, target, target_start, target_row_step):  # type: ignore
-    """target[target_start + c * target_row_step + r] = source[start + r * row_step + c] for r, c in 0..15.
-
-    Four rounds of exchanging halves (Eklundh): in each, rows k and k + d swap blocks of d lanes.
-    """
-
-    def generate(context, builder, signature, arguments):
-        source, start, row_step, target, target_start, target_row_step = arguments
-
-        def row(array_type, array, first, step, number):
-            index = builder.add(first, builder.mul(step, ir.Constant(step.type, number)))
-            return _address(context, builder, array_type, array, index)
-
-        rows = [_load(builder, row(signature.args[0], source, start, row_step, r)) for r in range(LANES)]
-        distance = LANES // 2
-        while distance:
-            low = _lane_order([c if not c & distance else LANES + (c ^ distance) for c in range(LANES)])
-            high = _lane_order([c | distance if not c & distance else LANES + c for c in range(LANES)])
-            for upper in (r for r in range(LANES) if not r & distance):
-                pair = rows[upper], rows[upper + distance]
-                rows[upper] = builder.shuffle_vector(*pair, low)
-                rows[upper + distance] = builder.shuffle_vector(*pair, high)
-            distance //= 2
-        for r, value in enumerate(rows):
-            _store(builder, value, row(signature.args[3], target, target_start, target_row_step, r))
-        return context.get_dummy_value()
-
-    return types.void(source, *[types.intp] * 2, target, *[types.intp] * 2), generate
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Compilation, cached between processes.
-
-
-def _cache_root() -> Path | None:
-    """The user's folder for caches (NUMBA_CACHE_DIR if set), or None if there is no home."""
-    if numba.config.CACHE_DIR:  # type: ignore
-        return Path(numba.config.CACHE_DIR)  # type: ignore
-    try:
-        home = Path.home()
-    except RuntimeError:
-        return None
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", home / "AppData" / "Local")) / "mambastyle"
-    if sys.platform == "darwin":
-        return home / "Library" / "Caches" / "mambastyle"
-    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "mambastyle"
-
-
-def _kernel(function: Callable[..., Any]) -> Any:
-    """Compiles a function at its first call, without the GIL, and keeps the machine code for later processes.
-
-    Numba would look at the time stamp and size of this file, and put its files beside it. Installations may
-    be read-only, and two of them may share stamps, so the folder is in the user's cache and named after a
-    hash of the source; Numba itself tells processors apart. Where nothing can be written, every process
-    compiles.
-    """
-    # Shape checkers that are switched on by an import hook wrap every function; Numba needs the bare one.
-    function = inspect.unwrap(function)
-    options = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
-    root = _cache_root()
-    if root is None:
-        _log.info("no folder for compiled kernels: they are compiled in every process")
-        return numba.njit(function, **options)
-    previous = numba.config.CACHE_DIR  # type: ignore
-    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
-    numba.config.CACHE_DIR = str(root / f"kernels-{source}")  # type: ignore
-    try:
-        return numba.njit(function, cache=True, **options)
-    # Numba raises RuntimeError when it finds no folder that it can write to.
-    except (RuntimeError, OSError) as error:
-        _log.info("no folder for compiled kernels (%s): they are compiled in every process", error)
-        return numba.njit(function, **options)
-    finally:
-        numba.config.CACHE_DIR = previous  # type: ignore
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Kernels. All arrays are flat float32. A block is 16 channels of one group of one image, its tiles are [step,
 # lane]; the last block of a group may have fewer `rows`, and its other lanes compute on zeros and are never
 # stored.
 
 
-@_kernel
+@kernel
 def _load_tile(source, start, length, tile, steps, rows):  # type: ignore
     """tile[step, lane] = source[start + lane * length + step]."""
     step = 0
@@ -481,7 +67,7 @@ def _load_tile(source, start, length, tile, steps, rows):  # type: ignore
         step += 1
 
 
-@_kernel
+@kernel
 def _store_tile(tile, target, start, length, steps, rows):  # type: ignore
     """target[start + lane * length + step] = tile[step, lane]."""
     step = 0
@@ -495,7 +81,7 @@ def _store_tile(tile, target, start, length, steps, rows):  # type: ignore
         step += 1
 
 
-@_kernel
+@kernel
 def _load_lanes(source, start, step, target, index, factor, rows):  # type: ignore
     """target[index + lane] = factor * source[start + lane * step], and zero beyond the rows."""
     for lane in range(rows):
@@ -504,7 +90,7 @@ def _load_lanes(source, start, step, target, index, factor, rows):  # type: igno
         target[index + lane] = np.float32(0)
 
 
-@_kernel
+@kernel
 def _scan_forward(  # type: ignore
     u, delta, A, B, C, D, bias, use_softplus, y, last, starts, keep_starts,
     channels, groups, length, state, A_image, D_image, first, end, scratch,
@@ -532,7 +118,7 @@ def _scan_forward(  # type: ignore
         rows = min(LANES, group - in_group)
         data = (image * channels + channel) * length
         for n in range(state):
-            _load_lanes(A, (image * A_image + channel) * state + n, state, A_lanes, n * LANES, _LOG2_E, rows)
+            _load_lanes(A, (image * A_image + channel) * state + n, state, A_lanes, n * LANES, LOG2_E, rows)
             store(h_lanes, n * LANES, splat(np.float32(0)))
         _load_lanes(D, image * D_image + channel, 1, parameter, 0, np.float32(1), rows)
         D_block = load(parameter, 0)
@@ -581,7 +167,7 @@ def _scan_forward(  # type: ignore
                 last[(image * channels + channel + lane) * state + n] = h_lanes[n * LANES + lane]
 
 
-@_kernel
+@kernel
 def _scan_backward(  # type: ignore
     grad_y, grad_last, u, delta, A, B, C, D, bias, use_softplus, starts,
     grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias,
@@ -627,7 +213,7 @@ def _scan_backward(  # type: ignore
     ]  # of all blocks: what later tiles say about the state
     zero = splat(np.float32(0))
     one = splat(np.float32(1))
-    ln_2 = splat(_LN_2)
+    ln_2 = splat(LN_2)
     for task in range(first, end):
         image_group = task // splits
         image = image_group // groups
@@ -660,7 +246,7 @@ def _scan_backward(  # type: ignore
                 gh_start = block * block_size
                 for n in range(state):
                     _load_lanes(
-                        A, (image * A_image + channel) * state + n, state, A_lanes, n * LANES, _LOG2_E, rows
+                        A, (image * A_image + channel) * state + n, state, A_lanes, n * LANES, LOG2_E, rows
                     )
                 _load_lanes(D, image * D_image + channel, 1, parameter, 0, np.float32(1), rows)
                 D_block = load(parameter, 0)
@@ -820,12 +406,12 @@ def scan_op(
     sizes = (channels, groups, length, state, _image_step(A, 3, channels), _image_step(D, 2, channels))
     scratch = (3 * CHUNK + 2 * state + 1) * LANES
 
-    def kernel(first: int, end: int) -> None:
+    def work(first: int, end: int) -> None:
         _scan_forward(
             *arrays, delta_softplus, *outputs, keep_starts, *sizes, first, end, u.new_empty(scratch).numpy()
         )
 
-    run_ranges(kernel, batch * _blocks(channels, groups), parallel=u.numel() * state > SERIAL_STATE_STEPS)
+    run_ranges(work, batch * _blocks(channels, groups), parallel=u.numel() * state > SERIAL_STATE_STEPS)
     return y, last, starts
 
 
@@ -892,12 +478,12 @@ def scan_backward_op(
     sizes += (_image_step(A, 3, channels), _image_step(D, 2, channels))
     scratch = (7 * CHUNK + 2 * CHUNK * STATES + 2 * CHUNK * state + 3 * state + 2 + blocks * state) * LANES
 
-    def kernel(first: int, end: int) -> None:
+    def work(first: int, end: int) -> None:
         _scan_backward(
             *arrays, delta_softplus, _flat(starts), *outputs, *sizes, first, end, u.new_empty(scratch).numpy()
         )
 
-    run_ranges(kernel, tasks, parallel=4 * u.numel() * state > SERIAL_STATE_STEPS)
+    run_ranges(work, tasks, parallel=4 * u.numel() * state > SERIAL_STATE_STEPS)
     return (
         grad_u,
         grad_delta,

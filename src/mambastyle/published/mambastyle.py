@@ -1,9 +1,12 @@
-"""Import published weights: rename tables from the authors' state dicts to ours, applied rule by rule."""
+"""MambaStyle's encoder and fuser: tables from the authors' names to ours, applied rule by rule."""
 
 import re
 from collections.abc import Mapping
 
 from torch import Tensor
+
+from mambastyle.models.mambastyle import Encoder, Fuser, MambaStyleConfig
+from mambastyle.published.registry import Kind, State, fill
 
 Rename = tuple[str, str | None]
 """A regular expression and what replaces it in a name; None drops the tensors whose names contain it."""
@@ -83,3 +86,32 @@ def mambastyle_fuser(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def mambastyle_encoder(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The encoder's tensors under our names."""
     return rename(tensors, MAMBASTYLE_ENCODER)
+
+
+def build_encoder(state: State, *, config: MambaStyleConfig | None = None) -> Encoder:
+    """The encoder from the authors' state dict; `config` for another generator than the 1024 px faces one."""
+    tensors = mambastyle_encoder(state)
+    return fill("mambastyle-encoder", lambda: Encoder(config or MambaStyleConfig()), tensors)
+
+
+def build_fuser(state: State, *, config: MambaStyleConfig | None = None) -> Fuser:
+    """The fuser from the authors' state dict; `config` for another generator than the 1024 px faces one."""
+    return fill("mambastyle-fuser", lambda: Fuser(config or MambaStyleConfig()), mambastyle_fuser(state))
+
+
+_SOURCE = "the repository of MambaStyle's authors (arXiv 2505.15822)"
+_LICENCE = "as its authors state; no weights were published when this was written"
+KINDS = {
+    "mambastyle-encoder": Kind(
+        build_encoder,
+        (r"input_layer\.0\.weight", r"latlayer1\.weight", r"SS2D_1\.skip_scale"),
+        source=_SOURCE,
+        licence=_LICENCE,
+    ),
+    "mambastyle-fuser": Kind(
+        build_fuser,
+        (r"latent_encoder\.conv1d_0\.weight", r"approximator\.conv1\.weight"),
+        source=_SOURCE,
+        licence=_LICENCE,
+    ),
+}
