@@ -1,8 +1,8 @@
-"""Correct first, then fast: runs the scan's tests, then its benchmark, and compares the ratios with stored ones.
+"""Correct first, then fast: runs the scan's tests, then its benchmark, and compares ratios with stored ones.
 
-    python benchmarks/verify.py                 # tests, S1 and S2, table; fails when a ratio fell by over 20 %
-    python benchmarks/verify.py --full          # S1 to S5
-    python benchmarks/verify.py --store         # makes this machine's ratios the stored ones
+    python benchmarks/verify.py              # tests, S1 and S2, table; fails if a ratio fell by over 20 %
+    python benchmarks/verify.py --full       # S1 to S5
+    python benchmarks/verify.py --store      # makes this machine's ratios the stored ones
 
 Ratios (a peer's time over ours, alternating in one process) travel between machines better than times do.
 """
