@@ -1,0 +1,495 @@
+"""Vectors of 16 floats inside Numba kernels, and how such kernels are compiled and cached.
+
+A vector is a Numba type over portable LLVM IR: load, store, broadcast, fma, exp2, softplus, a 16x16 transpose
+in registers, and the operators + - *. Memory is float32, or bfloat16 seen as uint16, which `load` and
+`scalar` widen. The module imports numba and is itself imported only by the kernels.
+"""
+
+import hashlib
+import inspect
+import logging
+import operator
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import extending, types
+from numba.core import cgutils
+from numba.extending import lower_builtin, models, register_model, type_callable
+
+_log = logging.getLogger(__name__)
+# What it returns is called in kernels, without the typing context that its argument takes.
+intrinsic: Any = extending.intrinsic
+
+LANES = 16
+STATES = 4  # computed together: as many as leave their A, h and gradients in registers
+
+# ------------------------------------------------------------------------------------------------------------
+# Two types for Numba: a vector of 16 floats, and four of them, for four states. LLVM splits the vectors where
+# registers are shorter (AVX2, SSE, NEON).
+
+_FLOAT = ir.FloatType()
+_INT = ir.IntType(32)
+_FLOATS = ir.VectorType(_FLOAT, LANES)
+_FOUR_FLOATS = ir.ArrayType(_FLOATS, STATES)
+_INTS = ir.VectorType(_INT, LANES)
+_HALF = ir.IntType(16)
+_HALVES = ir.VectorType(_HALF, LANES)
+_UNDEFINED = ir.Constant(_FLOATS, ir.Undefined)
+
+# exp2(r) on [-1/2, 1/2], highest power first: the polynomial of least relative error (9.1e-8, by linear
+# programming) among those whose last coefficient is exactly 1. A step size near zero must keep the state as
+# it is, or the error grows with the length of the memory.
+_EXP2 = (
+    0.0013264723231644802,
+    0.009671512614646473,
+    0.05550733755230193,
+    0.2402224208606418,
+    0.693146977594682,
+    1.0,
+)
+# log(1 + e) / e on [0, 1], highest power first.
+_LOG1P = (
+    0.0052326932508425655,
+    -0.029505243262125086,
+    0.07822597556073553,
+    -0.1366324951578318,
+    0.1910600956772305,
+    -0.24842983320740317,
+    0.33319097028590217,
+    -0.4999949315974462,
+    0.9999999698843781,
+)
+LOG2_E = np.float32(1.4426950408889634)
+LN_2 = np.float32(0.6931471805599453)
+
+
+class _RegisterType(types.Type):
+    """A value that lives in registers: the Numba type `name` for the LLVM type `llvm_type`."""
+
+    def __init__(self, name: str, llvm_type: ir.Type) -> None:
+        super().__init__(name=name)
+        self.llvm_type = llvm_type
+
+
+_vector = _RegisterType("float32x16", _FLOATS)
+_quad = _RegisterType("float32x16x4", _FOUR_FLOATS)
+
+
+@register_model(_RegisterType)
+class _RegisterModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, frontend_type: Any) -> None:
+        super().__init__(manager, frontend_type, frontend_type.llvm_type)
+
+
+def _floats(value: float) -> ir.Constant:
+    return ir.Constant(_FLOATS, [ir.Constant(_FLOAT, value)] * LANES)
+
+
+def _ints(value: int) -> ir.Constant:
+    return ir.Constant(_INTS, [ir.Constant(_INT, value)] * LANES)
+
+
+def _lane_order(lanes: list[int]) -> ir.Constant:
+    return ir.Constant(_INTS, [ir.Constant(_INT, lane) for lane in lanes])
+
+
+def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+    return builder.gep(context.make_array(array_type)(context, builder, array).data, [index])
+
+
+def _load(builder: Any, address: Any) -> Any:
+    loaded = builder.load(builder.bitcast(address, _FLOATS.as_pointer()))
+    loaded.align = 4
+    return loaded
+
+
+def _store(builder: Any, value: Any, address: Any) -> None:
+    builder.store(value, builder.bitcast(address, _FLOATS.as_pointer()), align=4)
+
+
+def _splat(builder: Any, value: Any) -> Any:
+    first = builder.insert_element(_UNDEFINED, value, ir.Constant(_INT, 0))
+    return builder.shuffle_vector(first, _UNDEFINED, _ints(0))
+
+
+def _call(builder: Any, name: str, *values: Any) -> Any:
+    """Calls an LLVM intrinsic on vectors."""
+    function_type = ir.FunctionType(_FLOATS, [_FLOATS] * len(values))
+    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), values)
+
+
+def _join(builder: Any, vectors: list[Any]) -> Any:
+    quad = ir.Constant(_FOUR_FLOATS, ir.Undefined)
+    for number, vector in enumerate(vectors):
+        quad = builder.insert_value(quad, vector, number)
+    return quad
+
+
+def _split(builder: Any, value: Any) -> list[Any]:
+    """The four vectors of a quad; a vector stands for four equal ones."""
+    if value.type == _FLOATS:
+        return [value] * STATES
+    return [builder.extract_value(value, number) for number in range(STATES)]
+
+
+def _each(builder: Any, result: Any, operation: Callable[..., Any], arguments: Any) -> Any:
+    """The operation on vectors, or on each vector of the quads if the result is a quad."""
+    if result is _vector:
+        return operation(*arguments)
+    split = [_split(builder, argument) for argument in arguments]
+    return _join(builder, [operation(*vectors) for vectors in zip(*split, strict=True)])
+
+
+def _widest(*arguments: Any) -> Any:
+    """The Numba type of an operation on vectors and quads, None if there is another type among them."""
+    if not all(isinstance(argument, _RegisterType) for argument in arguments):
+        return None
+    return _quad if _quad in arguments else _vector
+
+
+def _fma(builder: Any, x: Any, y: Any, z: Any) -> Any:
+    return _call(builder, "llvm.fmuladd.v16f32", x, y, z)
+
+
+def _polynomial(builder: Any, coefficients: tuple[float, ...], x: Any) -> Any:
+    value = _floats(coefficients[0])
+    for coefficient in coefficients[1:]:
+        value = _fma(builder, value, x, _floats(coefficient))
+    return value
+
+
+def _at_least(builder: Any, x: Any, bound: float) -> Any:
+    # This order of comparison keeps NaN, and is one machine instruction.
+    return builder.select(builder.fcmp_ordered(">", _floats(bound), x), _floats(bound), x)
+
+
+def _at_most(builder: Any, x: Any, bound: float) -> Any:
+    return builder.select(builder.fcmp_ordered("<", _floats(bound), x), _floats(bound), x)
+
+
+def _exp2(context: Any, builder: Any, x: Any) -> Any:
+    """2 ** x with a relative error of 2e-7; infinite above the range of float32.
+
+    Below the normal range it is exact with AVX-512 and 2 ** -126 without.
+    """
+    if "+avx512f" in context.codegen().magic_tuple()[2].split(","):
+        whole = _call(builder, "llvm.rint.v16f32", x)
+        mantissa = _polynomial(builder, _EXP2, builder.fsub(x, whole))
+        scale = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(_FLOATS, [_FLOATS, _FLOATS, _FLOATS, ir.IntType(16), _INT]),
+            "llvm.x86.avx512.mask.scalef.ps.512",
+        )
+        all_lanes, current_rounding = ir.Constant(ir.IntType(16), -1), ir.Constant(_INT, 4)
+        return builder.call(scale, [mantissa, whole, mantissa, all_lanes, current_rounding])
+    # Adding 1.5 * 2 ** 23 rounds to a whole number and leaves it in the low bits; shifted into the exponent,
+    # it scales. At 128 the mantissa is exactly 1 and the exponent all ones: infinity, as it should be.
+    x = _at_most(builder, _at_least(builder, x, -126.0), 128.0)
+    shifted = builder.fadd(x, _floats(12582912.0))
+    whole = builder.fsub(shifted, _floats(12582912.0))
+    mantissa = _polynomial(builder, _EXP2, builder.fsub(x, whole))
+    exponent = builder.shl(builder.bitcast(shifted, _INTS), _ints(23))
+    return builder.bitcast(builder.add(builder.bitcast(mantissa, _INTS), exponent), _FLOATS)
+
+
+def _exp_minus_abs(context: Any, builder: Any, x: Any) -> Any:
+    magnitude = builder.bitcast(builder.and_(builder.bitcast(x, _INTS), _ints(0x7FFFFFFF)), _FLOATS)
+    return _exp2(context, builder, builder.fmul(magnitude, _floats(-float(LOG2_E))))
+
+
+def _register_operator(function: Any, instruction: str) -> None:
+    @type_callable(function)
+    def _type(context: Any) -> Any:
+        return lambda x, y: _widest(x, y)
+
+    @lower_builtin(function, _RegisterType, _RegisterType)
+    def _lower(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _each(builder, signature.return_type, getattr(builder, instruction), arguments)
+
+
+for _function, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul")):
+    _register_operator(_function, _instruction)
+
+
+@intrinsic
+def load(typing_context, array, index):  # type: ignore  # the arguments are Numba types
+    """array[index : index + 16], of float32 or of bfloat16 seen as uint16."""
+
+    def generate(context, builder, signature, arguments):
+        address = _address(context, builder, signature.args[0], *arguments)
+        if signature.args[0].dtype == types.float32:
+            return _load(builder, address)
+        halves = builder.load(builder.bitcast(address, _HALVES.as_pointer()))
+        halves.align = 2
+        return builder.bitcast(builder.shl(builder.zext(halves, _INTS), _ints(16)), _FLOATS)
+
+    return _vector(array, types.intp), generate
+
+
+@intrinsic
+def load_states(typing_context, array, index):  # type: ignore
+    """array[index : index + 64], four states of 16 channels."""
+
+    def generate(context, builder, signature, arguments):
+        array, index = arguments
+        starts = [builder.add(index, ir.Constant(index.type, number * LANES)) for number in range(STATES)]
+        addresses = [_address(context, builder, signature.args[0], array, start) for start in starts]
+        return _join(builder, [_load(builder, address) for address in addresses])
+
+    return _quad(array, types.intp), generate
+
+
+@intrinsic
+def store(typing_context, array, index, value):  # type: ignore
+    """array[index : index + 16 or 64] = value, a vector or a quad."""
+
+    def generate(context, builder, signature, arguments):
+        array, index, value = arguments
+        vectors = [value] if signature.args[2] is _vector else _split(builder, value)
+        for number, vector in enumerate(vectors):
+            start = builder.add(index, ir.Constant(index.type, number * LANES))
+            _store(builder, vector, _address(context, builder, signature.args[0], array, start))
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, value), generate
+
+
+@intrinsic
+def broadcast(typing_context, array, index):  # type: ignore
+    """array[index] in every lane."""
+
+    def generate(context, builder, signature, arguments):
+        return _splat(builder, builder.load(_address(context, builder, signature.args[0], *arguments)))
+
+    return _vector(array, types.intp), generate
+
+
+@intrinsic
+def broadcast_states(typing_context, array, index):  # type: ignore
+    """array[index : index + 4], each in every lane of its vector."""
+
+    def generate(context, builder, signature, arguments):
+        array, index = arguments
+        indices = [builder.add(index, ir.Constant(index.type, number)) for number in range(STATES)]
+        addresses = [_address(context, builder, signature.args[0], array, i) for i in indices]
+        return _join(builder, [_splat(builder, builder.load(address)) for address in addresses])
+
+    return _quad(array, types.intp), generate
+
+
+@intrinsic
+def scalar(typing_context, array, index):  # type: ignore
+    """array[index] as float32, from float32 or from bfloat16 seen as uint16."""
+
+    def generate(context, builder, signature, arguments):
+        value = builder.load(_address(context, builder, signature.args[0], *arguments))
+        if signature.args[0].dtype == types.float32:
+            return value
+        return builder.bitcast(builder.shl(builder.zext(value, _INT), ir.Constant(_INT, 16)), _FLOAT)
+
+    return types.float32(array, types.intp), generate
+
+
+@intrinsic
+def splat(typing_context, value):  # type: ignore
+    """One float32 in every lane."""
+
+    def generate(context, builder, signature, arguments):
+        return _splat(builder, arguments[0])
+
+    return _vector(types.float32), generate
+
+
+@intrinsic
+def repeat(typing_context, vector):  # type: ignore
+    """The vector for each of four states."""
+
+    def generate(context, builder, signature, arguments):
+        return _join(builder, _split(builder, arguments[0]))
+
+    return _quad(_vector), generate
+
+
+@intrinsic
+def fma(typing_context, x, y, z):  # type: ignore
+    """x * y + z, in one rounding where the machine has it."""
+
+    def generate(context, builder, signature, arguments):
+        return _each(builder, signature.return_type, lambda *xyz: _fma(builder, *xyz), arguments)
+
+    return _widest(x, y, z)(x, y, z), generate
+
+
+@intrinsic
+def dot_states(typing_context, x, y, start):  # type: ignore
+    """start + the sum of x * y over the four states: a vector."""
+
+    def generate(context, builder, signature, arguments):
+        x, y, total = arguments
+        for pair in zip(_split(builder, x), _split(builder, y), strict=True):
+            total = _fma(builder, *pair, total)
+        return total
+
+    return _vector(_quad, _quad, _vector), generate
+
+
+@intrinsic
+def exp2(typing_context, x):  # type: ignore
+    def generate(context, builder, signature, arguments):
+        return _each(builder, signature.return_type, lambda value: _exp2(context, builder, value), arguments)
+
+    return _widest(x)(x), generate
+
+
+@intrinsic
+def softplus(typing_context, x):  # type: ignore
+    """log(1 + exp(x)) = max(x, 0) + log(1 + e) with e = exp(-|x|), which overflows nowhere."""
+
+    def generate(context, builder, signature, arguments):
+        e = _exp_minus_abs(context, builder, arguments[0])
+        return _fma(builder, _polynomial(builder, _LOG1P, e), e, _at_least(builder, arguments[0], 0.0))
+
+    return _vector(_vector), generate
+
+
+@intrinsic
+def logistic(typing_context, x):  # type: ignore
+    """1 / (1 + exp(-x)), the slope of softplus: (1 or e) / (1 + e) with e = exp(-|x|)."""
+
+    def generate(context, builder, signature, arguments):
+        e = _exp_minus_abs(context, builder, arguments[0])
+        one = _floats(1.0)
+        numerator = builder.select(builder.fcmp_ordered(">", arguments[0], _floats(0.0)), one, e)
+        return builder.fdiv(numerator, builder.fadd(one, e))
+
+    return _vector(_vector), generate
+
+
+@intrinsic
+def sum_lanes(typing_context, x):  # type: ignore
+    """The sum of the 16 lanes, by halves."""
+
+    def generate(context, builder, signature, arguments):
+        value, lanes = arguments[0], LANES
+        while lanes > 1:
+            lanes //= 2
+            upper = _lane_order([lane + lanes if lane < lanes else 0 for lane in range(LANES)])
+            value = builder.fadd(value, builder.shuffle_vector(value, _UNDEFINED, upper))
+        return builder.extract_element(value, ir.Constant(_INT, 0))
+
+    return types.float32(_vector), generate
+
+
+@intrinsic
+def sum_rows(typing_context, array, index):  # type: ignore
+    """The sums of array[index + 16 r : index + 16 r + 16] for r in 0..15, a vector.
+
+    Four rounds halve the number of vectors: each adds the lanes that two rows have to add up and puts the
+    results side by side, a third of the work of sixteen `sum_lanes`.
+    """
+
+    def generate(context, builder, signature, arguments):
+        array, index = arguments
+        starts = [builder.add(index, ir.Constant(index.type, row * LANES)) for row in range(LANES)]
+        rows = [_load(builder, _address(context, builder, signature.args[0], array, i)) for i in starts]
+        distance = LANES // 2
+        while distance:
+            # Lanes without the bit come from the row without it.
+            lanes = range(LANES)
+            own = _lane_order([c if not c & distance else LANES + c for c in lanes])
+            other = _lane_order([c | distance if not c & distance else LANES + (c ^ distance) for c in lanes])
+            half = len(rows) // 2
+            pairs = zip(rows[:half], rows[half:], strict=True)
+            rows = [
+                builder.fadd(builder.shuffle_vector(x, y, own), builder.shuffle_vector(x, y, other))
+                for x, y in pairs
+            ]
+            distance //= 2
+        return rows[0]
+
+    return _vector(array, types.intp), generate
+
+
+@intrinsic
+def transpose(typing_context, source, start, row_step, target, target_start, target_row_step):  # type: ignore
+    """target[target_start + c * target_row_step + r] = source[start + r * row_step + c] for r, c in 0..15.
+
+    Four rounds of exchanging halves (Eklundh): in each, rows k and k + d swap blocks of d lanes.
+    """
+
+    def generate(context, builder, signature, arguments):
+        source, start, row_step, target, target_start, target_row_step = arguments
+
+        def row(array_type, array, first, step, number):
+            index = builder.add(first, builder.mul(step, ir.Constant(step.type, number)))
+            return _address(context, builder, array_type, array, index)
+
+        rows = [_load(builder, row(signature.args[0], source, start, row_step, r)) for r in range(LANES)]
+        distance = LANES // 2
+        while distance:
+            low = _lane_order([c if not c & distance else LANES + (c ^ distance) for c in range(LANES)])
+            high = _lane_order([c | distance if not c & distance else LANES + c for c in range(LANES)])
+            for upper in (r for r in range(LANES) if not r & distance):
+                pair = rows[upper], rows[upper + distance]
+                rows[upper] = builder.shuffle_vector(*pair, low)
+                rows[upper + distance] = builder.shuffle_vector(*pair, high)
+            distance //= 2
+        for r, value in enumerate(rows):
+            _store(builder, value, row(signature.args[3], target, target_start, target_row_step, r))
+        return context.get_dummy_value()
+
+    return types.void(source, *[types.intp] * 2, target, *[types.intp] * 2), generate
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Compilation, cached between processes.
+
+
+def _cache_root() -> Path | None:
+    """The user's folder for caches (NUMBA_CACHE_DIR if set), or None if there is no home."""
+    if numba.config.CACHE_DIR:  # type: ignore
+        return Path(numba.config.CACHE_DIR)  # type: ignore
+    try:
+        home = Path.home()
+    except RuntimeError:
+        return None
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", home / "AppData" / "Local")) / "mambastyle"
+    if sys.platform == "darwin":
+        return home / "Library" / "Caches" / "mambastyle"
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "mambastyle"
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compiles a function at its first call, without the GIL, and keeps the machine code for later processes.
+
+    Numba would look at the time stamp and size of the kernel's file alone, and put its files beside it.
+    Installations may be read-only, and two of them may share stamps, so the folder is in the user's cache and
+    named after a hash of that file and of this one; Numba itself tells processors apart. Where nothing can be
+    written, every process compiles.
+    """
+    # Shape checkers that are switched on by an import hook wrap every function; Numba needs the bare one.
+    function = inspect.unwrap(function)
+    options = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
+    root = _cache_root()
+    if root is None:
+        _log.info("no folder for compiled kernels: they are compiled in every process")
+        return numba.njit(function, **options)
+    previous = numba.config.CACHE_DIR  # type: ignore
+    sources = Path(__file__).read_bytes() + Path(inspect.getfile(function)).read_bytes()
+    source = hashlib.sha256(sources).hexdigest()[:16]
+    numba.config.CACHE_DIR = str(root / f"kernels-{source}")  # type: ignore
+    try:
+        return numba.njit(function, cache=True, **options)
+    # Numba raises RuntimeError when it finds no folder that it can write to.
+    except (RuntimeError, OSError) as error:
+        _log.info("no folder for compiled kernels (%s): they are compiled in every process", error)
+        return numba.njit(function, **options)
+    finally:
+        numba.config.CACHE_DIR = previous  # type: ignore
