@@ -154,3 +154,20 @@ def test_the_discriminator_sees_the_groups_of_a_batch():
         assert not torch.allclose(discriminator(same)[0], discriminator(varied)[0])
         with pytest.raises(ValueError, match="32 x 32"):
             discriminator(torch.zeros(1, 3, 16, 16))
+
+
+def test_a_frozen_generator_keeps_its_scaled_kernels_until_they_change(generator):
+    z = torch.randn(2, 16)
+    generator.requires_grad_(False)
+    with torch.inference_mode():
+        first = generator(z).clone()
+    # What inference mode kept serves a graph too.
+    ws = generator.mapping(z).requires_grad_()
+    generator.synthesis(ws).sum().backward()
+    assert ws.grad.abs().sum() > 0
+    with torch.no_grad():
+        generator.synthesis.blocks[1].conv0.weight.mul_(-1)
+        changed = generator(z)
+        generator.requires_grad_(True)
+        assert torch.equal(generator(z), changed)
+    assert not torch.allclose(first, changed)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mambastyle.checkpoints import Checkpoint, config_from_dict
-from mambastyle.ops.modulated_conv import demodulation, modulated_conv2d
+from mambastyle.ops.modulated_conv import demodulation, kernel_energy, modulated_conv2d
 from mambastyle.ops.resample import blur, downsample2, upsample2
 
 Noise = Literal["const", "none", "random"]
@@ -186,6 +186,7 @@ class SynthesisLayer(nn.Module):
         self.noise_strength = nn.Parameter(torch.zeros(()))
         self.register_buffer("noise_const", torch.randn(size, size))
         self.weight_gain = 1 / math.sqrt(in_channels * 9)
+        self._frozen: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
 
     def forward(
         self,
@@ -194,17 +195,34 @@ class SynthesisLayer(nn.Module):
         noise: Noise,
         generator: torch.Generator | None,
     ) -> Float[Tensor, "b o h2 w2"]:
-        weight, style = self.weight * self.weight_gain, self.affine(w)
+        style = self.affine(w)
+        weight, energy = self._weight_and_energy()
         x = modulated_conv2d(x, weight, style, demodulate=False, up=self.up)
         # The leaky ReLU is homogeneous: its gain of sqrt(2) goes into the factors before it, one pass less.
         gain = math.sqrt(2)
-        scale = (demodulation(weight, style) * gain).to(x.dtype)[:, :, None, None]
+        scale = (demodulation(energy, style) * gain).to(x.dtype)[:, :, None, None]
         x = torch.addcmul((self.bias * gain).to(x.dtype)[:, None, None], x, scale)
         added = self.noise(x, noise, generator)
         if added is not None:
             x = x + (added * self.noise_strength * gain).to(x.dtype)
         x = F.leaky_relu(x, 0.2)
         return x if self.clamp is None else x.clamp(-self.clamp * gain, self.clamp * gain)
+
+    def _weight_and_energy(self) -> tuple[Tensor, Tensor]:
+        """The scaled kernel and its energy per pair of channels; of a frozen layer they are computed once.
+
+        For a 64 px generator they were a fifth of a training step of the inversion.
+        """
+        if self.weight.requires_grad or torch.compiler.is_compiling():
+            weight = self.weight * self.weight_gain
+            return weight, kernel_energy(weight)
+        key = (self.weight.data_ptr(), self.weight._version, self.weight.dtype)
+        if self._frozen is None or self._frozen[0] != key:
+            # Ordinary tensors even if inference mode asks first: a graph may need them later.
+            with torch.inference_mode(False), torch.no_grad():
+                weight = self.weight * self.weight_gain
+                self._frozen = (key, weight, kernel_energy(weight))
+        return self._frozen[1:]
 
     def noise(self, x: Tensor, mode: Noise, generator: torch.Generator | None) -> Tensor | None:
         """The noise picture of this layer, one channel; None when there is none."""

@@ -38,12 +38,16 @@ def modulated_conv2d(
     else:
         out = F.conv2d(modulated, weight.to(image.dtype), padding=kernel_size // 2)
     if demodulate:
-        scale = gain * demodulation(weight, style)
+        scale = gain * demodulation(kernel_energy(weight), style)
         return out * scale.to(out.dtype)[:, :, None, None]
     return out * gain if gain != 1.0 else out
 
 
-def demodulation(weight: Float[Tensor, "o i k k"], style: Float[Tensor, "b i"]) -> Float[Tensor, "b o"]:
+def kernel_energy(weight: Float[Tensor, "o i k k"]) -> Float[Tensor, "o i"]:
+    """Sum of squares over the kernel's positions, in float32: all of the weight that demodulation needs."""
+    return weight.float().square().sum((2, 3))
+
+
+def demodulation(energy: Float[Tensor, "o i"], style: Float[Tensor, "b i"]) -> Float[Tensor, "b o"]:
     """The factor that gives every output channel unit variance for unit-variance input (equation 3)."""
-    energy = weight.float().square().sum((2, 3))  # (out, in)
     return torch.rsqrt(style.float().square() @ energy.t() + 1e-8)

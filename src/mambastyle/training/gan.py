@@ -66,8 +66,8 @@ class GANConfig(RunConfig):
     path_length_weight: float = 2.0
     path_length_every: int = 8
     path_length_after: int = 2000
-    """From which step on. Before, the running mean is far below the lengths and the penalty only shrinks them:
-    from 0.7 to 0.05 in the first 500 steps, and with them what w can change."""
+    """From which step on. At first the running mean is far below the lengths, and the penalty only shrinks
+    them (from 0.7 to 0.05 in 500 steps), and with them what w can change."""
     style_mixing: float = 0.5
     augment_initial: float = 0.1
     augment_target: float = 0.6
