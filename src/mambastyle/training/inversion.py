@@ -374,7 +374,9 @@ class InversionTask:
 
     def _player(self) -> Player:
         config, parameters = self.config, list(self.model.parameters())
-        optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        optimizer = torch.optim.AdamW(
+            parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+        )
         scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
             optimizer, config.restart_steps, config.restart_factor, config.minimum_learning_rate
         )
