@@ -23,7 +23,9 @@ class VSSBlock(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch height width channels"]
     ) -> Float[Tensor, "batch height width channels"]:
-        return self.ln_post(x * self.skip_scale + self.ss2d(self.ln_pre(x)))
+        mixed = self.ss2d(self.ln_pre(x))
+        # In the dtype of x: a float32 scale would make float32 maps of half-precision ones under autocast.
+        return self.ln_post(x * self.skip_scale.to(x.dtype) + mixed)
 
 
 class ViTBlock(nn.Module):
@@ -66,4 +68,5 @@ class OnGrid(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch channels height width"]:
-        return self.block(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        # Moved once here, or every norm, sum and product of the block would walk a transposed map.
+        return self.block(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)

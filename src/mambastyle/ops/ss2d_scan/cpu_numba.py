@@ -39,7 +39,7 @@ from mambastyle.ops.cpu_vectors import (
 )
 from mambastyle.ops.selective_scan.cpu_threads import run_ranges
 
-CHUNK = 64  # steps per tile, and between the states that the backward pass starts from; a multiple of LANES
+CHUNK = 32  # steps per tile, and between the states that the backward pass starts from; a multiple of LANES
 # The channels are cut until there are this many tasks; fixed, so that sums do not depend on threads.
 SPLITS = 16
 # About 0.5 ms of work on one core: below it a thread costs more than it brings.
@@ -84,10 +84,16 @@ def _scatter_add(tile, table, first, target, base, row_step, steps, rows):  # ty
 @kernel
 def _gather_entries(source, table, first, base, row_step, tile, steps, entries):  # type: ignore
     """tile[step, entry] = source[base + table[first + step] * row_step + entry]."""
+    safe = source.size - (entries + LANES - 1) // LANES * LANES
     for step in range(steps):
         at = base + table[first + step] * row_step
-        for entry in range(entries):
-            tile[step * entries + entry] = scalar(source, at + entry)
+        if at <= safe:
+            # Whole vectors: what they write too much, the next step writes again.
+            for entry in range(0, entries, LANES):
+                store(tile, step * entries + entry, load(source, at + entry))
+        else:
+            for entry in range(entries):
+                tile[step * entries + entry] = scalar(source, at + entry)
 
 
 @kernel
@@ -143,12 +149,12 @@ def _ss2d_forward(  # type: ignore
     d_tile = scratch[size : 2 * size]
     du_tile = scratch[2 * size : 3 * size]
     used = 3 * size
-    dt_tile = scratch[used : used + CHUNK * rank]
-    used += CHUNK * rank
-    B_tile = scratch[used : used + CHUNK * state]
-    used += CHUNK * state
-    C_tile = scratch[used : used + CHUNK * state]
-    used += CHUNK * state
+    dt_tile = scratch[used : used + CHUNK * rank + LANES]
+    used += CHUNK * rank + LANES
+    B_tile = scratch[used : used + CHUNK * state + LANES]
+    used += CHUNK * state + LANES
+    C_tile = scratch[used : used + CHUNK * state + LANES]
+    used += CHUNK * state + LANES
     h_lanes = scratch[used : used + blocks * state * LANES]
     for task in range(first, end):
         image = task // splits
@@ -252,12 +258,12 @@ def _ss2d_backward(  # type: ignore
     used += size * rank
     gh_lanes = scratch[used : used + blocks * block_size]  # what later tiles say about the state
     used += blocks * block_size
-    dt_tile = scratch[used : used + CHUNK * rank]
-    used += CHUNK * rank
-    B_tile = scratch[used : used + CHUNK * state]
-    used += CHUNK * state
-    C_tile = scratch[used : used + CHUNK * state]
-    used += CHUNK * state
+    dt_tile = scratch[used : used + CHUNK * rank + LANES]
+    used += CHUNK * rank + LANES
+    B_tile = scratch[used : used + CHUNK * state + LANES]
+    used += CHUNK * state + LANES
+    C_tile = scratch[used : used + CHUNK * state + LANES]
+    used += CHUNK * state + LANES
     sums = scratch[used : used + CHUNK * max(rank, state)]
     zero = splat(np.float32(0))
     ln_2 = splat(LN_2)
@@ -480,7 +486,7 @@ def scan_op(
     (dt_array, dt_steps), (B_array, B_steps), (C_array, C_steps) = (_rows(x) for x in (dt, B, C))
     arrays = (_flat(u), dt_array, B_array, C_array, *(_flat(x) for x in (parameters, read, write, y, starts)))
     sizes = (dt_steps, B_steps, C_steps, *_sizes(u, dt, B, parameters))
-    scratch = 3 * CHUNK * LANES + CHUNK * (rank + 2 * state) + _blocks(channels) * state * LANES
+    scratch = 3 * CHUNK * LANES + CHUNK * (rank + 2 * state) + 3 * LANES + _blocks(channels) * state * LANES
 
     def work(first: int, end: int) -> None:
         memory = u.new_empty(scratch, dtype=torch.float32).numpy()
@@ -527,7 +533,7 @@ def scan_backward_op(
     sizes = (dt_steps, B_steps, C_steps, *_sizes(u, dt, B, parameters))
     tiles = 7 + 2 * STATES + 2 * state + rank
     scratch = tiles * CHUNK * LANES + _blocks(channels) * state * LANES
-    scratch += CHUNK * (rank + 2 * state + max(rank, state))
+    scratch += CHUNK * (rank + 2 * state + max(rank, state)) + 3 * LANES
 
     def work(first: int, end: int) -> None:
         memory = u.new_empty(scratch, dtype=torch.float32).numpy()
