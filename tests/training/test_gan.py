@@ -72,6 +72,20 @@ def test_resumes_exactly_and_exports_a_generator(settings):
     assert generator.mapping.w_avg.abs().sum() > 0
 
 
+def test_starts_from_a_checkpoint(settings):
+    first = run(GANConfig(**(settings | {"steps": 1})))
+    start = str(first / "generator.safetensors")
+    second = run(GANConfig(**(settings | {"name": "on", "steps": 1, "learning_rate": 1e-12, "start": start})))
+    before, after = (checkpoints.load(folder / "generator.safetensors") for folder in (first, second))
+    for name, tensor in before.tensors.items():
+        # The generator's average and the discriminator's last weights; a rate of 1e-12 leaves them there.
+        if "w_avg" not in name and "noise_const" not in name:
+            torch.testing.assert_close(after.tensors[name], tensor)
+    wide = settings | {"name": "wide", "start": start, "model": MODEL | {"w_dim": 16}}
+    with pytest.raises(ValueError, match="other sizes"):
+        run(GANConfig(**wide))
+
+
 def test_bad_settings_are_errors(settings):
     with pytest.raises(ValueError, match="batch of at least 2"):
         run(GANConfig(**(settings | {"batch": 1})))

@@ -6,6 +6,7 @@ ruin the colours, so they stand beside it with a small weight.
 """
 
 import dataclasses
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,8 @@ from mambastyle.training.augment import AdaptiveProbability, augment
 from mambastyle.training.config import RunConfig, Section
 from mambastyle.training.loop import Player, Terms, process_mean, train
 from mambastyle.training.random import StepRandom
+
+logger = logging.getLogger(__name__)
 
 
 def _stylegan2_config(values: Any) -> Any:
@@ -57,6 +60,9 @@ class GANConfig(RunConfig):
 
     model: Annotated[StyleGAN2Config, BeforeValidator(_stylegan2_config)]
     data: DataSection
+    start: str | None = None
+    """A checkpoint to start from (fine-tuning, or going on with a committed one): its generator, and of its
+    discriminators those whose shapes fit."""
     projected: ProjectedSection = ProjectedSection()
     discriminator_widths: tuple[int, ...] = ()
     learning_rate: float = 0.0025
@@ -154,6 +160,8 @@ class GANTask:
             self.projected = ProjectedDiscriminator(features, section.layers, section.width).to(device)
             self.modules["projected"] = self.projected
             self.projected.calibrate(from_bytes(self.pictures[:64]).to(device))
+        if config.start is not None:
+            self._start_from(checkpoints.load(config.start, kind="stylegan2"))
         for module in self.modules.values():
             module.to(device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.averaged: dict[str, nn.Module] = {"generator": self.generator}
@@ -166,6 +174,19 @@ class GANTask:
         self.sample_z = torch.randn(64, config.model.z_dim, generator=torch.Generator().manual_seed(0)).to(
             device
         )
+
+    def _start_from(self, checkpoint: checkpoints.Checkpoint) -> None:
+        for name, module in self.modules.items():
+            tensors = {key: value.float() for key, value in checkpoint.part(f"{name}.").items()}
+            own = {key: value.shape for key, value in module.state_dict().items()}
+            if own == {key: value.shape for key, value in tensors.items()}:
+                module.load_state_dict(tensors)
+            elif name == "generator":
+                raise ValueError(
+                    f"{checkpoint.path}: its generator has other sizes than this run's model section"
+                )
+            else:
+                logger.warning("%s has no %s of this size: a new one is trained", checkpoint.path, name)
 
     def _discriminator_player(self) -> Player:
         groups: list[dict[str, Any]] = [{"params": list(self.discriminator.parameters())}]
@@ -301,7 +322,7 @@ class GANTask:
         return averages["generator"](self.sample_z, truncation_psi=0.9).clamp(-1, 1)
 
     def export(self, averages: Mapping[str, nn.Module], folder: Path, card: dict[str, Any]) -> None:
-        """generator.safetensors (averaged, and the discriminator for fine-tuning); snapshots for curves."""
+        """generator.safetensors (averaged, and the judges for fine-tuning); snapshots for curves."""
         generator = averages["generator"]
         tensors = {f"generator.{name}": value for name, value in generator.state_dict().items()}
         checkpoints.save(
@@ -311,7 +332,12 @@ class GANTask:
             config=self.config.model,
             card=card,
         )
-        judge = {f"discriminator.{name}": value for name, value in self.discriminator.state_dict().items()}
+        judges = {name: module for name, module in self.modules.items() if name != "generator"}
+        judge = {
+            f"{name}.{key}": value
+            for name, module in judges.items()
+            for key, value in module.state_dict().items()
+        }
         checkpoints.save(
             folder / "generator.safetensors",
             tensors | judge,
