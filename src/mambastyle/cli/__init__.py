@@ -7,7 +7,7 @@ import traceback
 import click
 import typer
 
-from mambastyle.cli import about, demo, directions, evaluate, pictures, train
+from mambastyle.cli import about, convert, demo, directions, evaluate, pictures, train
 from mambastyle.cli.batch import one_line
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ app.command()(demo.demo)
 app.add_typer(train.app, name="train")
 app.add_typer(directions.app, name="directions")
 app.add_typer(evaluate.app, name="evaluate")
+app.command()(convert.convert)
 app.command()(about.info)
 app.command()(about.doctor)
 

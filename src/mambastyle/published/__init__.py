@@ -59,16 +59,19 @@ def load(
     *,
     kind: str | None = None,
     backbone: str | os.PathLike[str] | None = None,
+    num_ws: int = directions.NUM_WS,
+    name: str | None = None,
     **options: Any,
 ) -> nn.Module | Directions | StyleClipGlobal:
     """The network in a published file, in eval mode, or the directions in one.
 
     kind: what the file has to be; by default it is recognised.
     backbone: for LPIPS's own files, which hold the linear layers alone, torchvision's file of the backbone.
-    options: of the builder (`build`), or of `directions.parse` (num_ws, name).
+    num_ws, name: for directions, the latents of their generator, and a name (default: that of the file).
+    options: of the builder, such as feature_layer= for a generator.
     Raises PublishedError for a file that is refused, not recognised, of another kind, or not complete.
     """
-    found = recognise(path, kind=kind, backbone=backbone, **options)
+    found = recognise(path, kind=kind, backbone=backbone, num_ws=num_ws, name=name)
     if found.directions is not None:
         return found.directions
     try:
@@ -98,7 +101,6 @@ def recognise(
     backbone: str | os.PathLike[str] | None = None,
     num_ws: int = directions.NUM_WS,
     name: str | None = None,
-    **_: Any,
 ) -> Published:
     """What a published file is, with its tensors; nothing in it is executed. Errors as of `load`."""
     path = Path(path)

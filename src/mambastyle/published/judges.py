@@ -18,6 +18,12 @@ _NORMALISED = dict(
     zip(vgg.LAYERS, (2, 5, 9, 12, 16, 19, 22, 25, 29, 32, 35, 38, 42, 45, 48, 51), strict=True)
 )
 
+_CLASSIFIER = (r"classifier\..*",)
+_DEEPER = (r"(45|48|51)\..*",)
+# lins.* are the same tensors as lin* again.
+_LPIPS_REST = (r"classifier\..*", r"lins\..*", r"scaling_layer\..*")
+_LOGITS = (r"fc\..*", r"AuxLogits\..*")
+
 
 def _vgg_name(prefix: str, indices: Mapping[str, int]) -> Callable[[str], str]:
     def published(name: str) -> str:
@@ -30,13 +36,13 @@ def _vgg_name(prefix: str, indices: Mapping[str, int]) -> Callable[[str], str]:
 def build_vgg19(state: State) -> VGG19:
     """VGG-19 under torchvision's names; its classifier is left out."""
     name = _vgg_name("features.", _VGG19)
-    return fill("vgg19", VGG19, state, published=name, ignore=(r"classifier\..*",))
+    return fill("vgg19", VGG19, state, published=name, ignore=_CLASSIFIER)
 
 
 def build_vgg_normalised(state: State) -> NormalisedVGG19:
     """The normalised VGG-19 under the indices of its Sequential; what stands behind relu5_1 is left out."""
     name = _vgg_name("", _NORMALISED)
-    return fill("vgg-normalised", NormalisedVGG19, state, published=name, ignore=(r"(45|48|51)\..*",))
+    return fill("vgg-normalised", NormalisedVGG19, state, published=name, ignore=_DEEPER)
 
 
 def build_lpips(backbone: Backbone) -> Callable[[State], LPIPS]:
@@ -54,8 +60,7 @@ def build_lpips(backbone: Backbone) -> Callable[[State], LPIPS]:
             lambda: LPIPS(backbone),
             renamed,
             published=lambda name: re.sub(r"^linear\.(\d)\.", r"lin\1.model.1.", name),
-            # lins.* are the same tensors again.
-            ignore=(r"classifier\..*", r"lins\..*", r"scaling_layer\..*"),
+            ignore=_LPIPS_REST,
         )
 
     return build
@@ -78,7 +83,7 @@ def build_face_parsing(state: State) -> FaceParsingUNet:
 
 def build_inception(state: State) -> FIDInception:
     """The FID's Inception; its last layer (logits) is left out."""
-    return fill("fid-inception", FIDInception, state, ignore=(r"fc\..*", r"AuxLogits\..*"))
+    return fill("fid-inception", FIDInception, state, ignore=_LOGITS)
 
 
 def _lpips_kind(backbone: Backbone, *layers: str) -> Kind:
@@ -88,6 +93,7 @@ def _lpips_kind(backbone: Backbone, *layers: str) -> Kind:
         (r"lin0\.model\.1\.weight", *names),
         source="richzhang/PerceptualSimilarity, with a backbone of torchvision",
         licence="linear layers BSD-2-Clause; backbone as torchvision states",
+        ignore=_LPIPS_REST,
     )
 
 
@@ -100,12 +106,14 @@ KINDS = {
         (r"features\.34\.weight",),
         source="torchvision",
         licence="BSD-3-Clause code; trained on ImageNet",
+        ignore=_CLASSIFIER,
     ),
     "vgg-normalised": Kind(
         build_vgg_normalised,
         (r"0\.weight", r"42\.weight"),
         source="xunhuang1995/AdaIN-style and the style-transfer repositories that share its file",
         licence="MIT code; trained on ImageNet",
+        ignore=_DEEPER,
     ),
     "arcface-irse50": Kind(
         build_arcface,
@@ -124,5 +132,6 @@ KINDS = {
         (r"Mixed_7c\.branch_pool\.conv\.weight",),
         source="mseitzer/pytorch-fid",
         licence="Apache-2.0",
+        ignore=_LOGITS,
     ),
 }

@@ -28,6 +28,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from mambastyle import checkpoints
 from mambastyle.published.unpickler import (
     TORCH_MAGIC,
     PublishedError,
@@ -70,6 +71,11 @@ def _read(path: Path) -> Any:
         return read_torch_container(data) if is_torch else read_pickle(data)
     if head[8:9] == b"{":
         try:
+            with safetensors.safe_open(path, framework="pt") as opened:
+                metadata = opened.metadata() or {}
+            # One that `convert` wrote: its hash is verified.
+            if metadata.get("format") == checkpoints.FORMAT:
+                return checkpoints.load(path).tensors
             return safetensors.torch.load_file(path)
         except (safetensors.SafetensorError, OSError) as error:
             raise PublishedError(f"refused: no readable safetensors file ({error})") from error

@@ -22,6 +22,7 @@ class Kind:
 
     build: state dict under the published names, and options -> a network in eval mode.
     names: tensors which together tell that a file is of this kind (regular expressions, each must be found).
+    ignore: what a file may hold that nobody reads (regular expressions).
     source, licence: where such files come from and what their authors say; a note, no legal advice.
     """
 
@@ -29,6 +30,7 @@ class Kind:
     names: tuple[str, ...]
     source: str
     licence: str
+    ignore: tuple[str, ...] = ()
 
     def matches(self, names: Iterable[str]) -> bool:
         """Whether tensors of these names are of this kind."""
