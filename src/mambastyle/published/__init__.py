@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mambastyle.checkpoints import nearest
 from mambastyle.latents.directions import Directions
-from mambastyle.published import directions, judges, mambastyle, stylegan2
+from mambastyle.published import directions, judges, mambastyle, style_transfer, stylegan2
 from mambastyle.published.directions import StyleClipGlobal
 from mambastyle.published.mambastyle import mambastyle_encoder, mambastyle_fuser
 from mambastyle.published.reader import read, read_tensors, tensors_in
@@ -37,7 +37,9 @@ __all__ = [
     "recognise",
 ]
 
-KINDS: Mapping[str, Kind] = MappingProxyType({**stylegan2.KINDS, **mambastyle.KINDS, **judges.KINDS})
+KINDS: Mapping[str, Kind] = MappingProxyType(
+    {**stylegan2.KINDS, **mambastyle.KINDS, **style_transfer.KINDS, **judges.KINDS}
+)
 """Every kind of network by name; the first that matches a file is taken."""
 
 # What a training run wraps around the state dict.
