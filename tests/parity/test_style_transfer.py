@@ -6,12 +6,15 @@ from tests.golden import cases
 from tests.golden.cases import TOLERANCE, error, image
 
 from mambastyle import published
+from mambastyle.models.mamba_st import MambaST
+from mambastyle.models.samam import SaMam
 
 
 @torch.no_grad()
 def test_mamba_st_equals_the_published_one():
     weights, expected = cases.load("mamba_st")
     model = published.build("mamba-st", weights, shuffle=False)
+    assert isinstance(model, MambaST)
     content, style = image(100, 2, 64, 64), image(101, 2, 64, 64)
     tokens = model.encode_style(style).flatten(1, 2).transpose(0, 1)
     assert error(tokens[..., ::8], expected["style_tokens"]) < TOLERANCE
@@ -23,6 +26,7 @@ def test_mamba_st_equals_the_published_one():
 def test_samam_equals_the_published_one(case, size):
     weights, expected = cases.load(case)
     model = published.build("samam", weights)
+    assert isinstance(model, SaMam)
     content, style = image(200, 1, *size), image(201, 1, 64, 128)
     code = model.encode_style(style)
     assert error(model.content_encoder(content)[:, ::4], expected["content_features"]) < TOLERANCE

@@ -1,4 +1,4 @@
-"""`mambastyle train gan|inversion|features`: a recipe, some overrides, one training loop."""
+"""`mambastyle train gan|inversion|style-transfer|features`: a recipe, some overrides, one training loop."""
 
 import contextlib
 from importlib import import_module
@@ -21,6 +21,7 @@ app = typer.Typer(
 TASKS = {
     "gan": ("mambastyle.training.gan", "GANConfig"),
     "inversion": ("mambastyle.training.inversion", "InversionConfig"),
+    "style-transfer": ("mambastyle.training.style_transfer", "StyleTransferConfig"),
     "features": ("mambastyle.training.features", "FeaturesConfig"),
 }
 Recipe = Annotated[Path, typer.Argument(help="The run file; recipes/ has one for each preset.")]
@@ -42,6 +43,12 @@ def gan(recipe: Recipe, overrides: Overrides = None) -> None:
 def inversion(recipe: Recipe, overrides: Overrides = None) -> None:
     """Train MambaStyle's encoder and fuser against a frozen generator."""
     _run("inversion", recipe, overrides)
+
+
+@app.command("style-transfer")
+def style_transfer(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Train SaMam or Mamba-ST on photographs and paintings."""
+    _run("style-transfer", recipe, overrides)
 
 
 @app.command()

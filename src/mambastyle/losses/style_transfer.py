@@ -13,6 +13,10 @@ from torch import Tensor
 
 from mambastyle.losses.reconstruction import Maps, pairs, total
 
+VGG_CONTENT = ("relu4_1", "relu5_1")
+VGG_STYLE = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
+"""The published maps, of a VGG-19 normalised so that its maps are near 1."""
+
 SQUEEZENET_CONTENT = ("fire5", "fire8")
 SQUEEZENET_STYLE = ("relu1", "fire2", "fire4", "fire6", "fire8")
 SQUEEZENET_SCALES = {
