@@ -76,7 +76,7 @@ def unfused(u, dt_low, dt_weight, A, B, C, D, dt_bias, height, width) -> Tensor:
 
 def fused(*inputs: Any) -> Tensor:
     *tensors, height, width = inputs
-    return ss2d_scan(*tensors, cross_paths(height, width))
+    return ss2d_scan(*tensors, cross_paths(height, width))  # type: ignore
 
 
 def make_inputs(shape: Shape) -> list[Tensor]:

@@ -40,8 +40,10 @@ from mambastyle.ops.cpu_vectors import (
 from mambastyle.ops.selective_scan.cpu_threads import run_ranges
 
 CHUNK = 32  # steps per tile, and between the states that the backward pass starts from; a multiple of LANES
-# The channels are cut until there are this many tasks; fixed, so that sums do not depend on threads.
+# The channels are cut until there are this many tasks; fixed, so that sums do not depend on threads. With
+# fewer blocks a task would spend its time on fetching dt, B and C, which its blocks share.
 SPLITS = 16
+BLOCKS_PER_TASK = 4
 # About 0.5 ms of work on one core: below it a thread costs more than it brings.
 SERIAL_STATE_STEPS = 3_000_000
 
@@ -439,7 +441,7 @@ def _blocks(channels: int) -> int:
 
 
 def _splits(batch: int, channels: int) -> int:
-    return max(1, min(_blocks(channels), SPLITS // batch))
+    return max(1, min(-(-_blocks(channels) // BLOCKS_PER_TASK), SPLITS // batch))
 
 
 def _check_table(table: Tensor, length: int) -> None:
