@@ -40,3 +40,12 @@ def test_strips_make_the_same_picture(stages, rows):
     torch.testing.assert_close(decoder.decode_strips(x, rows), whole, rtol=1e-5, atol=1e-6)
     # A margin of one row less would be visible.
     assert decoder.margin <= 4
+
+
+@torch.no_grad()
+def test_the_decoder_starts_near_mid_grey_and_passes_the_signal_on():
+    torch.manual_seed(0)
+    stages = ((64,), (64, 64, 48), (48, 32), (24, 3))
+    picture = CNNDecoder(128, stages)(torch.randn(2, 128, 6, 8))
+    assert (picture.mean() - 0.5).abs() < 0.25
+    assert 0.03 < picture.std((2, 3)).mean() < 0.5

@@ -23,7 +23,16 @@ class CNNDecoder(nn.Module):
     def __init__(self, channels: int, stages: tuple[tuple[int, ...], ...]) -> None:
         super().__init__()
         widths = [channels, *(width for stage in stages for width in stage)]
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3) for a, b in pairwise(widths))
+        convs: list[nn.Conv2d] = [nn.Conv2d(a, b, 3) for a, b in pairwise(widths)]
+        with torch.no_grad():
+            for conv in convs:
+                # torch's own draw loses the signal on the way: pictures would start black and flat (a
+                # deviation of 0.001). He's keeps it, and the last layer starts near mid-grey.
+                nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+                assert conv.bias is not None
+                conv.bias.fill_(0.5 if conv is convs[-1] else 0.0)
+            convs[-1].weight.mul_(0.2)
+        self.convs = nn.ModuleList(convs)
         self.doublings = frozenset(accumulate(len(stage) for stage in stages[:-1]))
         self.scale = 2 ** len(self.doublings)
 
