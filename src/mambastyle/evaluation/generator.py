@@ -20,7 +20,7 @@ COLUMNS = {
     "name": "generator",
     "pictures": "pictures shown",
     "fd_squeeze": "fd_squeeze",
-    "kd_squeeze": "kd_squeeze x 1000",
+    "kd_squeeze": "kd_squeeze",
     "fd_small": "fd_small",
     "milliseconds": "ms per sample",
 }
