@@ -24,6 +24,8 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
+_LATENTS_ALONE = "MambaStyle, latents alone"
+
 Pack = Annotated[Path, typer.Option("--pack", help="Zip or folder with labels.csv; its test split counts.")]
 Report = Annotated[
     Path | None, typer.Option("--report", help="Also write the table as PATH.md and PATH.json.")
@@ -31,6 +33,9 @@ Report = Annotated[
 Also = Annotated[
     list[str] | None,
     typer.Option("--also", metavar="NAME=FOLDER", help="Another model beside it; may be given again."),
+]
+LatentsAlone = Annotated[
+    bool, typer.Option("--latents-alone", help="Also the same model without its feature F (W+ only).")
 ]
 Count = Annotated[int | None, typer.Option(min=2, help="Only the first so many pictures.")]
 
@@ -46,6 +51,7 @@ def inversion(
         Path | None, typer.Option("--pack", help="Compare methods on a pack's test split.")
     ] = None,
     also: Also = None,
+    latents_alone: LatentsAlone = False,
     optimise: Annotated[
         list[int] | None,
         typer.Option(help="With --pack: W+ optimisation of so many steps; may be given again."),
@@ -64,9 +70,14 @@ def inversion(
     if pack is not None:
         from mambastyle.evaluation.inversion import run
 
-        models = {"MambaStyle": model} | _named(also)
         table = run(
-            models, pack, optimisation_steps=optimise or (), count=count, batch=batch_size, device=device
+            _models(model, also, latents_alone),
+            pack,
+            w_plus_only=(_LATENTS_ALONE,),
+            optimisation_steps=optimise or (),
+            count=count,
+            batch=batch_size,
+            device=device,
         )
         _show(table, report)
         return
@@ -84,6 +95,7 @@ def editing(
         Path | None, typer.Option(help="A directions file; default: the model's own.")
     ] = None,
     also: Also = None,
+    latents_alone: LatentsAlone = False,
     count: Count = None,
     report: Report = None,
     device: Device = None,
@@ -99,8 +111,9 @@ def editing(
     chosen = directions or find_model(model).directions
     if chosen is None:
         raise ValueError(f"{model} has no directions: name a file with --directions")
-    models = {"MambaStyle": model} | _named(also)
-    _show(run(models, pack, chosen, judge, count=count, device=device), report)
+    models = _models(model, also, latents_alone)
+    table = run(models, pack, chosen, judge, w_plus_only=(_LATENTS_ALONE,), count=count, device=device)
+    _show(table, report)
 
 
 @app.command()
@@ -160,6 +173,12 @@ def _evaluate_pictures(
     if out is not None:
         write_whole(out, (json.dumps(numbers, indent=2) + "\n").encode())
     return batch.finish(out)
+
+
+def _models(model: str, also: list[str] | None, latents_alone: bool) -> dict[str, str]:
+    """Name -> preset or folder, the model itself first."""
+    alone = {_LATENTS_ALONE: model} if latents_alone else {}
+    return {"MambaStyle": model} | alone | _named(also)
 
 
 def _named(also: list[str] | None) -> dict[str, str]:
