@@ -44,7 +44,7 @@ _KAOKORE64 = Preset(
         "Tian et al., arXiv:2002.08595"
     ),
     licence="CC BY-SA 4.0",
-    reaches="see docs/reproduction.md",
+    reaches="559 test faces: L2 0.0061 on [-1, 1], MS-SSIM 0.954 (docs/reproduction.md); edits are weak yet",
     demo_edits=(("gender", (-1.0, 1.0, 2.0)), ("noble", (1.0, 2.0)), ("warrior", (1.0, 2.0))),
 )
 
