@@ -66,6 +66,7 @@ def test_optimisation_approaches_the_picture_and_keeps_pictures_apart(generator,
     assert (inversion.metrics.l2(method.render(both), pictures[:2]) < 0.3 * before).all()
     alone = OptimisationMethod("W+", generator, None, steps=3).encode(pictures[1:2])
     together = OptimisationMethod("W+", generator, None, steps=3).encode(pictures[:2])
+    # Adam divides by the gradient's size: a last-digit difference between batch sizes grows with every step.
     torch.testing.assert_close(alone.ws[0], together.ws[1], rtol=1e-2, atol=1e-3)
 
 

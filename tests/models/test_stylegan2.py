@@ -49,9 +49,10 @@ def test_a_batch_equals_its_pictures_one_by_one(generator):
 
 def test_noise_modes(generator):
     ws = generator.mapping(torch.randn(2, 16))
-    draw = lambda mode, seed=0: generator.synthesis(  # noqa: E731
-        ws, noise=mode, generator=torch.Generator().manual_seed(seed)
-    )
+
+    def draw(mode, seed=0):
+        return generator.synthesis(ws, noise=mode, generator=torch.Generator().manual_seed(seed))
+
     with torch.no_grad():
         assert torch.equal(draw("const"), draw("const"))
         assert torch.equal(draw("random"), draw("random"))
