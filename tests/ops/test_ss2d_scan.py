@@ -146,11 +146,11 @@ def test_threads_do_not_change_a_bit(monkeypatch):
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_the_ops_pass_pytorchs_checks(batch):
-    from mambastyle.ops.ss2d_scan import cpu_numba
+    from mambastyle.ops.ss2d_scan import cpu_numba, operator
 
     u, dt_low, dt_weight, A, B, C, D, dt_bias = make_inputs(batch, dtype=torch.float32)
     table = cross_paths(3, 4)
-    parameters = cpu_numba.pack(A[None], dt_weight, dt_bias, D[None]).detach().requires_grad_()
+    parameters = operator.pack(A[None], dt_weight, dt_bias, D[None]).detach().requires_grad_()
     arguments = (u, dt_low, B, C, parameters, table, table)
     torch.library.opcheck(cpu_numba.scan_op, (*arguments, True))
     y, starts = cpu_numba.scan_op(*arguments, True)

@@ -15,16 +15,73 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import llvmlite.binding as llvm
 import numba
 import numpy as np
 from llvmlite import ir
 from numba import extending, types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import lower_builtin, models, register_model, type_callable
 
 _log = logging.getLogger(__name__)
 # What it returns is called in kernels, without the typing context that its argument takes.
 intrinsic: Any = extending.intrinsic
+
+# A processor to compile for, the features that it must have, and how many floats fit into one of its
+# registers, into which LLVM splits vectors of 16.
+_INSTRUCTION_SETS = {
+    "avx512": ("x86-64-v4", ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"), 16),
+    "avx2": ("x86-64-v3", ("avx2", "fma", "bmi2", "f16c"), 8),
+    "sse4.2": ("x86-64-v2", ("sse4.2", "ssse3", "popcnt"), 4),
+}
+
+
+def _target() -> Any:
+    return cpu_target.target_context
+
+
+def instruction_set() -> tuple[str, int]:
+    """The instructions that kernels are compiled for, and the floats in one register: ("avx512", 16).
+
+    The widest that the processor has, or what MAMBASTYLE_CPU_FEATURES (avx512, avx2 or sse4.2) limits it to.
+    On other processors it is ("native", 4): LLVM knows best, and NEON has four.
+    """
+    _, _, features = _target().codegen().magic_tuple()
+    present = set(features.split(","))
+    for name, (_, needed, lanes) in _INSTRUCTION_SETS.items():
+        if {f"+{feature}" for feature in needed} <= present:
+            return name, lanes
+    return "native", 4
+
+
+def _limit_instructions(wanted: str) -> None:
+    """Makes Numba compile for an older processor than this one. It has one target for the whole process."""
+    if wanted not in _INSTRUCTION_SETS:
+        raise ValueError(
+            f"MAMBASTYLE_CPU_FEATURES must be one of {', '.join(_INSTRUCTION_SETS)}: got {wanted!r}"
+        )
+    processor, needed, _ = _INSTRUCTION_SETS[wanted]
+    host = llvm.get_host_cpu_features()
+    if missing := [feature for feature in needed if not host.get(feature)]:
+        raise ValueError(
+            f"MAMBASTYLE_CPU_FEATURES={wanted} needs {', '.join(missing)}, "
+            "which this processor lacks: unset it"
+        )
+    # All that older sets have, and nothing else, so that the result is that of such a processor.
+    names = list(_INSTRUCTION_SETS)
+    older = names[names.index(wanted) :]
+    features = ",".join(f"+{feature}" for name in older for feature in _INSTRUCTION_SETS[name][1])
+    numba.config.CPU_NAME, numba.config.CPU_FEATURES = processor, features  # type: ignore
+    if _target().codegen().magic_tuple()[2] != features:
+        raise RuntimeError(
+            "MAMBASTYLE_CPU_FEATURES came too late: Numba has compiled in this process already; use the scan "
+            "before other Numba code, or set NUMBA_CPU_NAME and NUMBA_CPU_FEATURES"
+        )
+
+
+if _wanted := os.environ.get("MAMBASTYLE_CPU_FEATURES"):
+    _limit_instructions(_wanted)
 
 LANES = 16
 STATES = 4  # computed together: as many as leave their A, h and gradients in registers
@@ -178,7 +235,7 @@ def _exp2(context: Any, builder: Any, x: Any) -> Any:
 
     Below the normal range it is exact with AVX-512 and 2 ** -126 without.
     """
-    if "+avx512f" in context.codegen().magic_tuple()[2].split(","):
+    if instruction_set()[0] == "avx512":
         whole = _call(builder, "llvm.rint.v16f32", x)
         mantissa = _polynomial(builder, _EXP2, builder.fsub(x, whole))
         scale = cgutils.get_or_insert_function(
@@ -307,16 +364,6 @@ def splat(typing_context, value):  # type: ignore
 
 
 @intrinsic
-def repeat(typing_context, vector):  # type: ignore
-    """The vector for each of four states."""
-
-    def generate(context, builder, signature, arguments):
-        return _join(builder, _split(builder, arguments[0]))
-
-    return _quad(_vector), generate
-
-
-@intrinsic
 def fma(typing_context, x, y, z):  # type: ignore
     """x * y + z, in one rounding where the machine has it."""
 
@@ -372,26 +419,11 @@ def logistic(typing_context, x):  # type: ignore
 
 
 @intrinsic
-def sum_lanes(typing_context, x):  # type: ignore
-    """The sum of the 16 lanes, by halves."""
-
-    def generate(context, builder, signature, arguments):
-        value, lanes = arguments[0], LANES
-        while lanes > 1:
-            lanes //= 2
-            upper = _lane_order([lane + lanes if lane < lanes else 0 for lane in range(LANES)])
-            value = builder.fadd(value, builder.shuffle_vector(value, _UNDEFINED, upper))
-        return builder.extract_element(value, ir.Constant(_INT, 0))
-
-    return types.float32(_vector), generate
-
-
-@intrinsic
 def sum_rows(typing_context, array, index):  # type: ignore
     """The sums of array[index + 16 r : index + 16 r + 16] for r in 0..15, a vector.
 
     Four rounds halve the number of vectors: each adds the lanes that two rows have to add up and puts the
-    results side by side, a third of the work of sixteen `sum_lanes`.
+    results side by side, a third of the work of sixteen separate sums.
     """
 
     def generate(context, builder, signature, arguments):
@@ -451,6 +483,9 @@ def transpose(typing_context, source, start, row_step, target, target_start, tar
 # Compilation, cached between processes.
 
 
+_OPTIONS: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
+
+
 def _cache_root() -> Path | None:
     """The user's folder for caches (NUMBA_CACHE_DIR if set), or None if there is no home."""
     if numba.config.CACHE_DIR:  # type: ignore
@@ -466,30 +501,37 @@ def _cache_root() -> Path | None:
     return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "mambastyle"
 
 
+def inlined(function: Callable[..., Any]) -> Any:
+    """Makes a function part of every kernel that calls it: a call passes some hundred words, which shows in a
+    tile of 32 steps.
+    """
+    return numba.njit(inspect.unwrap(function), forceinline=True, **_OPTIONS)
+
+
 def kernel(function: Callable[..., Any]) -> Any:
     """Compiles a function at its first call, without the GIL, and keeps the machine code for later processes.
 
     Numba would look at the time stamp and size of the kernel's file alone, and put its files beside it.
     Installations may be read-only, and two of them may share stamps, so the folder is in the user's cache and
-    named after a hash of that file and of this one; Numba itself tells processors apart. Where nothing can be
-    written, every process compiles.
+    named after a hash of that file and of those that kernels share; Numba itself tells processors apart.
+    Where nothing can be written, every process compiles.
     """
     # Shape checkers that are switched on by an import hook wrap every function; Numba needs the bare one.
     function = inspect.unwrap(function)
-    options = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
     root = _cache_root()
     if root is None:
         _log.info("no folder for compiled kernels: they are compiled in every process")
-        return numba.njit(function, **options)
+        return numba.njit(function, **_OPTIONS)
     previous = numba.config.CACHE_DIR  # type: ignore
-    sources = Path(__file__).read_bytes() + Path(inspect.getfile(function)).read_bytes()
-    source = hashlib.sha256(sources).hexdigest()[:16]
+    shared = sorted(Path(__file__).parent.glob("cpu_*.py"))
+    sources = [path.read_bytes() for path in (*shared, Path(inspect.getfile(function)))]
+    source = hashlib.sha256(b"".join(sources)).hexdigest()[:16]
     numba.config.CACHE_DIR = str(root / f"kernels-{source}")  # type: ignore
     try:
-        return numba.njit(function, cache=True, **options)
+        return numba.njit(function, cache=True, **_OPTIONS)
     # Numba raises RuntimeError when it finds no folder that it can write to.
     except (RuntimeError, OSError) as error:
         _log.info("no folder for compiled kernels (%s): they are compiled in every process", error)
-        return numba.njit(function, **options)
+        return numba.njit(function, **_OPTIONS)
     finally:
         numba.config.CACHE_DIR = previous  # type: ignore

@@ -4,6 +4,7 @@ import importlib
 import logging
 from collections.abc import Callable
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -74,7 +75,7 @@ def selective_scan(
 
 
 def available_backends() -> tuple[str, ...]:
-    """Names of the backends that can run in this process, the fastest last."""
+    """Names of the backends that can run in this process."""
     return tuple(name for name in _SCANS if unavailable_reason(name) is None)
 
 
@@ -83,8 +84,10 @@ def unavailable_reason(name: str) -> str | None:
     """Why a backend cannot run here, with the remedy, or None if it can."""
     if name not in _SCANS:
         raise ValueError(f"backend must be 'auto' or one of {list(_SCANS)}: got {name!r}")
+    if name == "reference":
+        return None
     if name not in _import_problems:
-        _import_problems[name] = _import_problem(_MODULES[name])
+        _import_problems[name] = _import_problem(name)
     return _import_problems[name]
 
 
@@ -93,19 +96,21 @@ def scan_backend(backend: str = "auto", *tensors: Tensor) -> str:
 
     Without tensors the answer is the one for float32 on the CPU.
 
-    "auto" is `numba` for CPU tensors none of which is float64, wherever numba can be imported, and else
-    `reference`.
+    "auto" is `triton` for tensors on a CUDA (or ROCm) device and `numba` for those on the CPU, wherever the
+    package can be imported and none is float64, and else `reference`.
 
     Raises ValueError or TypeError, with the reason and the remedy, if a named backend cannot run on the
     tensors.
     """
     if backend == "auto":
-        if _misfit("numba", tensors) is not None:
+        device = tensors[0].device.type if tensors else "cpu"
+        fastest = _FASTEST.get(device)
+        if fastest is None or _misfit(fastest, tensors) is not None:
             return "reference"
-        reason = unavailable_reason("numba")
+        reason = unavailable_reason(fastest)
         if reason is None:
-            return "numba"
-        _warn_once(reason)
+            return fastest
+        _warn_once(fastest, reason)
         return "reference"
     reason = unavailable_reason(backend)
     if reason is not None:
@@ -118,39 +123,54 @@ def scan_backend(backend: str = "auto", *tensors: Tensor) -> str:
 
 def _misfit(backend: str, tensors: tuple[Tensor, ...]) -> Exception | None:
     """What about the tensors rules the backend out."""
-    if backend != "numba":
+    if backend == "reference":
         return None
     for tensor in tensors:
-        if tensor.device.type not in ("cpu", "meta"):
+        if tensor.device.type not in _devices(backend):
+            where = "CPU" if backend == "numba" else "GPU"
             return ValueError(
-                f"backend 'numba' runs on the CPU: got a tensor on {tensor.device}; "
-                "use backend='reference' or move the inputs"
+                f"backend {backend!r} runs on the {where}: got a tensor on {tensor.device}; "
+                "use backend='auto' or move the inputs"
             )
         if tensor.dtype == torch.float64:
             return TypeError(
-                "backend 'numba' computes in float32: got float64; "
+                f"backend {backend!r} computes in float32: got float64; "
                 "use backend='reference' or convert the inputs"
             )
     return None
 
 
-def _import_problem(module: str) -> str | None:
+@torch.compiler.assume_constant_result
+def _devices(backend: str) -> tuple[str, ...]:
+    if backend == "numba":
+        return ("cpu", "meta")
+    from mambastyle.ops import gpu_tiles
+
+    return ("cuda", "meta", "cpu") if gpu_tiles.interpreted() else ("cuda", "meta")
+
+
+def _import_problem(name: str) -> str | None:
     try:
-        importlib.import_module(module)
-    # A numba that is installed but does not fit the interpreter or NumPy fails in other ways than
+        if name == "numba":
+            importlib.import_module("mambastyle.ops.selective_scan.cpu_numba")
+        else:
+            gpu_tiles = importlib.import_module("mambastyle.ops.gpu_tiles")
+            return gpu_tiles.unavailable()
+    # A package that is installed but does not fit the interpreter, NumPy or PyTorch fails in other ways than
     # ImportError.
     except Exception as error:
         cause = f"{type(error).__name__}: {error}"
-        return f"importing it failed ({cause}); install a numba that supports this Python and NumPy"
+        fitting = "this Python and NumPy" if name == "numba" else "this Python and PyTorch"
+        return f"importing it failed ({cause}); install a {name} that supports {fitting}"
     return None
 
 
 @torch.compiler.assume_constant_result
-def _warn_once(reason: str) -> None:
-    if not _warned:
-        _warned.append(reason)
+def _warn_once(backend: str, reason: str) -> None:
+    if backend not in _warned:
+        _warned.add(backend)
         _log.warning(
-            "selective_scan falls back to the slow 'reference' backend: 'numba' cannot run: %s", reason
+            "selective_scan falls back to the slow 'reference' backend: %r cannot run: %s", backend, reason
         )
 
 
@@ -248,7 +268,20 @@ def _scan_reference(
     return y, last_state
 
 
-def _scan_numba(
+def _scan_numba(*inputs: Any) -> tuple[Tensor, Tensor]:
+    from mambastyle.ops.selective_scan import cpu_numba
+
+    return _scan_by_kernels(cpu_numba.scan_op, *inputs, widen=True)
+
+
+def _scan_triton(*inputs: Any) -> tuple[Tensor, Tensor]:
+    from mambastyle.ops.selective_scan import gpu_triton
+
+    return _scan_by_kernels(gpu_triton.scan_op, *inputs, widen=False)
+
+
+def _scan_by_kernels(
+    op: Any,
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -258,8 +291,11 @@ def _scan_numba(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     dtype: torch.dtype,
+    *,
+    widen: bool,
 ) -> tuple[Float[Tensor, "batch channels length"], Float[Tensor, "batch channels state"]]:
-    from mambastyle.ops.selective_scan import cpu_numba
+    """Calls a backend's op (operator.py), with `widen` on tensors of the dtype that is computed in."""
+    from mambastyle.ops.selective_scan import operator
 
     batch, channels, length = u.shape
     # B and C that differ between channels and not between steps are rare (S4D): every channel is its own
@@ -267,23 +303,22 @@ def _scan_numba(
     groups = channels if 2 in (B.ndim, C.ndim) else _groups(B, C)
 
     def per_group(x: Tensor) -> Float[Tensor, "batch groups state length"]:
-        x = x.to(dtype)
         if x.ndim == 2:
             return x[None, :, :, None].expand(batch, -1, -1, length)
         x = x if x.ndim == 4 else x.unsqueeze(1)
         return x if x.shape[1] == groups else x.repeat_interleave(groups // x.shape[1], dim=1)
 
-    D = None if D is None else D.to(dtype)
-    delta_bias = None if delta_bias is None else delta_bias.to(dtype)
-    u, delta, A = u.to(dtype), delta.to(dtype), A.to(dtype)
-    return cpu_numba.scan(u, delta, A, per_group(B), per_group(C), D, delta_bias, delta_softplus)
+    tensors = [u, delta, A, per_group(B), per_group(C), D, delta_bias]
+    if widen:
+        tensors = [None if x is None else x.to(dtype) for x in tensors]
+    return operator.run(op, *tensors, delta_softplus)  # type: ignore[arg-type]
 
 
 _Scan = Callable[..., tuple[Tensor, Tensor]]
-_SCANS: MappingProxyType[str, _Scan] = MappingProxyType({"reference": _scan_reference, "numba": _scan_numba})
-_MODULES = {
-    "reference": "mambastyle.ops.selective_scan.reference",
-    "numba": "mambastyle.ops.selective_scan.cpu_numba",
-}
+_SCANS: MappingProxyType[str, _Scan] = MappingProxyType(
+    {"reference": _scan_reference, "numba": _scan_numba, "triton": _scan_triton}
+)
+# What "auto" is on each type of device; elsewhere it is the reference.
+_FASTEST = {"cpu": "numba", "meta": "numba", "cuda": "triton"}
 _import_problems: dict[str, str | None] = {}
-_warned: list[str] = []
+_warned: set[str] = set()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -141,7 +142,23 @@ def _scan_reference(
     return torch.zeros_like(tokens).index_add(1, write_paths.flatten(), y).to(u.dtype)
 
 
-def _scan_numba(
+def _scan_numba(u: Tensor, dt_low: Tensor, *inputs: Tensor) -> Tensor:
+    from mambastyle.ops.ss2d_scan import cpu_numba
+
+    dt_weight, A, B, C, *rest = inputs
+    # The kernels read bfloat16 where it lies; half precision of the other kind is converted.
+    tokens, dt_low, B, C = (x if x.dtype == torch.bfloat16 else x.float() for x in (u, dt_low, B, C))
+    return _scan_by_kernels(cpu_numba.scan_op, tokens, dt_low, dt_weight, A, B, C, *rest).to(u.dtype)
+
+
+def _scan_triton(*inputs: Tensor) -> Tensor:
+    from mambastyle.ops.ss2d_scan import gpu_triton
+
+    return _scan_by_kernels(gpu_triton.scan_op, *inputs)
+
+
+def _scan_by_kernels(
+    op: Any,
     u: Tensor,
     dt_low: Tensor,
     dt_weight: Tensor,
@@ -153,16 +170,18 @@ def _scan_numba(
     paths: Tensor,
     write_paths: Tensor,
 ) -> Float[Tensor, "batch length channels"]:
-    from mambastyle.ops.ss2d_scan import cpu_numba
+    """Calls a backend's op (operator.py) on packed parameters."""
+    from mambastyle.ops.ss2d_scan import operator
 
-    # The kernels read bfloat16 where it lies; half precision of the other kind is converted.
-    tokens, dt_low, B, C = (x if x.dtype == torch.bfloat16 else x.float() for x in (u, dt_low, B, C))
     A, D = (A if A.ndim == 4 else A[None]).float(), (D if D.ndim == 3 else D[None]).float()
-    images = max(len(A), len(D))
+    # Not len(), which would make a number of a symbol where torch.export traces.
+    images = max(A.shape[0], D.shape[0])
     A, D = A.expand(images, -1, -1, -1), D.expand(images, -1, -1)
-    parameters = cpu_numba.pack(A, dt_weight.float(), dt_bias.float(), D)
-    return cpu_numba.scan(tokens, dt_low, B, C, parameters, paths, write_paths).to(u.dtype)
+    parameters = operator.pack(A, dt_weight.float(), dt_bias.float(), D)
+    return operator.run(op, u, dt_low, B, C, parameters, paths, write_paths)
 
 
 _Scan = Callable[..., Tensor]
-_SCANS: MappingProxyType[str, _Scan] = MappingProxyType({"reference": _scan_reference, "numba": _scan_numba})
+_SCANS: MappingProxyType[str, _Scan] = MappingProxyType(
+    {"reference": _scan_reference, "numba": _scan_numba, "triton": _scan_triton}
+)

@@ -8,36 +8,29 @@ design and what was measured.
 The module imports numba and is itself imported only when a scan asks for it.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
-from torch.utils.flop_counter import register_flop_formula
 
+from mambastyle.ops.cpu_tiles import clear, scan_tile, scan_tile_back, sum_lanes_of_entries
 from mambastyle.ops.cpu_vectors import (
     LANES,
     LN_2,
-    LOG2_E,
     STATES,
     broadcast,
     broadcast_states,
     dot_states,
-    exp2,
     fma,
     kernel,
     load,
     load_states,
-    logistic,
     scalar,
-    softplus,
     splat,
     store,
-    sum_rows,
 )
 from mambastyle.ops.selective_scan.cpu_threads import run_ranges
+from mambastyle.ops.ss2d_scan import operator
 
 CHUNK = 32  # steps per tile, and between the states that the backward pass starts from; a multiple of LANES
 # The channels are cut until there are this many tasks; fixed, so that sums do not depend on threads. With
@@ -101,8 +94,7 @@ def _gather_entries(source, table, first, base, row_step, tile, steps, entries):
 @kernel
 def _sum_entries(tile, sums, target, table, first, base, row_step, steps, entries):  # type: ignore
     """target[base + table[first + step] * row_step + entry] += the sum of the lanes of tile[step, entry]."""
-    for index in range(0, steps * entries, LANES):
-        store(sums, index, sum_rows(tile, index * LANES))
+    sum_lanes_of_entries(tile, sums, steps * entries)
     for step in range(steps):
         at = base + table[first + step] * row_step
         for entry in range(entries):
@@ -110,19 +102,12 @@ def _sum_entries(tile, sums, target, table, first, base, row_step, steps, entrie
 
 
 @kernel
-def _clear(array, size):  # type: ignore
-    zero = splat(np.float32(0))
-    for index in range(0, size, LANES):
-        store(array, index, zero)
-
-
-@kernel
 def _step_sizes(parameters, weight, dt_tile, d_tile, steps, rank):  # type: ignore
-    """d_tile[step, lane] = bias + the weights' product with dt_tile[step]."""
-    bias = load(parameters, weight + rank * LANES)
+    """d_tile[step, lane] = the weights' product with dt_tile[step]; the bias comes later."""
+    zero = splat(np.float32(0))
     quads_end = rank // STATES * STATES
     for step in range(steps):
-        d = bias
+        d = zero
         for r in range(0, quads_end, STATES):
             weights = load_states(parameters, weight + r * LANES)
             d = dot_states(weights, broadcast_states(dt_tile, step * rank + r), d)
@@ -144,7 +129,6 @@ def _ss2d_forward(  # type: ignore
     """
     blocks = (channels + LANES - 1) // LANES
     chunks = (length + CHUNK - 1) // CHUNK
-    quads_end = state // STATES * STATES
     size = CHUNK * LANES
     entries = (state + rank + 2) * LANES
     y_tile = scratch[0:size]  # u at first
@@ -163,7 +147,7 @@ def _ss2d_forward(  # type: ignore
         first_block = blocks * (task % splits) // splits
         end_block = blocks * (task % splits + 1) // splits
         for path in range(paths):
-            _clear(h_lanes, blocks * state * LANES)
+            clear(h_lanes, blocks * state * LANES)
             for chunk in range(chunks):
                 start = chunk * CHUNK
                 steps = min(CHUNK, length - start)
@@ -179,6 +163,7 @@ def _ss2d_forward(  # type: ignore
                     data = image * length * channels + block * LANES
                     A_start = image * parameters_image + (path * blocks + block) * entries
                     weight = A_start + state * LANES
+                    bias = weight + rank * LANES  # and D behind it
                     h_start = block * state * LANES
                     if keep_starts:
                         kept = (((image * blocks + block) * paths + path) * chunks + chunk) * state * LANES
@@ -186,36 +171,10 @@ def _ss2d_forward(  # type: ignore
                             store(starts, kept + n * LANES, load(h_lanes, h_start + n * LANES))
                     _gather(u, read, here, data, channels, y_tile, steps, rows)
                     _step_sizes(parameters, weight, dt_tile, d_tile, steps, rank)
-                    D_block = load(parameters, weight + (rank + 1) * LANES)
-                    for step in range(steps):
-                        at = step * LANES
-                        u_t = load(y_tile, at)
-                        d = softplus(load(d_tile, at))
-                        store(d_tile, at, d)
-                        store(du_tile, at, d * u_t)
-                        store(y_tile, at, D_block * u_t)
-                    # States outside, steps inside: A and h stay in registers, and exp2 of many steps overlap.
-                    for n in range(0, quads_end, STATES):
-                        A_n = load_states(parameters, A_start + n * LANES)
-                        h = load_states(h_lanes, h_start + n * LANES)
-                        for step in range(steps):
-                            at = step * LANES
-                            entry = step * state + n
-                            drive = load(du_tile, at) * broadcast_states(B_tile, entry)
-                            h = fma(exp2(load(d_tile, at) * A_n), h, drive)
-                            y_t = dot_states(h, broadcast_states(C_tile, entry), load(y_tile, at))
-                            store(y_tile, at, y_t)
-                        store(h_lanes, h_start + n * LANES, h)
-                    for n in range(quads_end, state):
-                        A_1 = load(parameters, A_start + n * LANES)
-                        h_1 = load(h_lanes, h_start + n * LANES)
-                        for step in range(steps):
-                            at = step * LANES
-                            entry = step * state + n
-                            drive_1 = load(du_tile, at) * broadcast(B_tile, entry)
-                            h_1 = fma(exp2(load(d_tile, at) * A_1), h_1, drive_1)
-                            store(y_tile, at, fma(h_1, broadcast(C_tile, entry), load(y_tile, at)))
-                        store(h_lanes, h_start + n * LANES, h_1)
+                    scan_tile(
+                        parameters, A_start, parameters, bias, parameters, bias + LANES, h_lanes, h_start,
+                        B_tile, C_tile, 0, y_tile, d_tile, du_tile, True, state, steps,
+                    )  # fmt: skip
                     _scatter_add(y_tile, write, here, y, data, channels, steps, rows)
 
 
@@ -235,7 +194,6 @@ def _ss2d_backward(  # type: ignore
     """
     blocks = (channels + LANES - 1) // LANES
     chunks = (length + CHUNK - 1) // CHUNK
-    quads_end = state // STATES * STATES
     rank_quads_end = rank // STATES * STATES
     size = CHUNK * LANES
     block_size = state * LANES
@@ -267,14 +225,12 @@ def _ss2d_backward(  # type: ignore
     C_tile = scratch[used : used + CHUNK * state + LANES]
     used += CHUNK * state + LANES
     sums = scratch[used : used + CHUNK * max(rank, state)]
-    zero = splat(np.float32(0))
-    ln_2 = splat(LN_2)
     for task in range(first, end):
         image = task // splits
         first_block = blocks * (task % splits) // splits
         end_block = blocks * (task % splits + 1) // splits
         for path in range(paths):
-            _clear(gh_lanes, blocks * block_size)
+            clear(gh_lanes, blocks * block_size)
             for chunk in range(chunks - 1, -1, -1):
                 start = chunk * CHUNK
                 steps = min(CHUNK, length - start)
@@ -285,106 +241,29 @@ def _ss2d_backward(  # type: ignore
                 _gather_entries(B, read, here, at, B_steps[1], B_tile, steps, state)
                 at = image * C_steps[0] + path * C_steps[2]
                 _gather_entries(C, read, here, at, C_steps[1], C_tile, steps, state)
-                _clear(gB_tile, size * state)
-                _clear(gC_tile, size * state)
-                _clear(gdt_tile, size * rank)
+                clear(gB_tile, size * state)
+                clear(gC_tile, size * state)
+                clear(gdt_tile, size * rank)
                 for block in range(first_block, end_block):
                     rows = min(LANES, channels - block * LANES)
                     data = image * length * channels + block * LANES
                     A_start = image * parameters_image + (path * blocks + block) * entries
                     gA_start = ((image * paths + path) * blocks + block) * entries
                     weight = A_start + block_size
+                    bias = weight + rank * LANES  # and D behind it
                     gweight = gA_start + block_size
                     gh_start = block * block_size
                     h_start = (((image * blocks + block) * paths + path) * chunks + chunk) * block_size
                     _gather(u, read, here, data, channels, u_tile, steps, rows)
                     _gather(grad_y, write, here, data, channels, gy_tile, steps, rows)
                     _step_sizes(parameters, weight, dt_tile, d_tile, steps, rank)
-                    for step in range(steps):
-                        at = step * LANES
-                        delta = load(d_tile, at)
-                        d = softplus(delta)
-                        store(d_tile, at, d)
-                        store(slope_tile, at, logistic(delta))
-                        store(du_tile, at, d * load(u_tile, at))
-                        store(drive_tile, at, zero)
-                        store(exponent_tile, at, zero)
-
-                    for n in range(0, quads_end, STATES):
-                        A_n = load_states(parameters, A_start + n * LANES)
-                        h = load_states(starts, h_start + n * LANES)
-                        for step in range(steps):
-                            at = step * LANES
-                            entry = step * state + n
-                            decay = exp2(load(d_tile, at) * A_n)
-                            kept = decay * h
-                            h = fma(load(du_tile, at), broadcast_states(B_tile, entry), kept)
-                            store(decay_tile, at * STATES, decay)
-                            store(kept_tile, at * STATES, kept)
-                            gC = fma(load(gy_tile, at), h, load_states(gC_tile, entry * LANES))
-                            store(gC_tile, entry * LANES, gC)
-                        gh = load_states(gh_lanes, gh_start + n * LANES)
-                        gA = load_states(grad_parameters, gA_start + n * LANES)
-                        for step in range(steps - 1, -1, -1):
-                            at = step * LANES
-                            entry = step * state + n
-                            gh = fma(load(gy_tile, at), broadcast_states(C_tile, entry), gh)
-                            gexponent = gh * load_states(kept_tile, at * STATES)
-                            gA = fma(gexponent, load(d_tile, at), gA)
-                            store(exponent_tile, at, dot_states(gexponent, A_n, load(exponent_tile, at)))
-                            drive = dot_states(gh, broadcast_states(B_tile, entry), load(drive_tile, at))
-                            store(drive_tile, at, drive)
-                            gB = fma(gh, load(du_tile, at), load_states(gB_tile, entry * LANES))
-                            store(gB_tile, entry * LANES, gB)
-                            gh = gh * load_states(decay_tile, at * STATES)
-                        store(gh_lanes, gh_start + n * LANES, gh)
-                        store(grad_parameters, gA_start + n * LANES, gA)
-
-                    for n in range(quads_end, state):
-                        A_1 = load(parameters, A_start + n * LANES)
-                        h_1 = load(starts, h_start + n * LANES)
-                        for step in range(steps):
-                            at = step * LANES
-                            entry = step * state + n
-                            decay_1 = exp2(load(d_tile, at) * A_1)
-                            kept_1 = decay_1 * h_1
-                            h_1 = fma(load(du_tile, at), broadcast(B_tile, entry), kept_1)
-                            store(decay_tile, at, decay_1)
-                            store(kept_tile, at, kept_1)
-                            gC_1 = fma(load(gy_tile, at), h_1, load(gC_tile, entry * LANES))
-                            store(gC_tile, entry * LANES, gC_1)
-                        gh_1 = load(gh_lanes, gh_start + n * LANES)
-                        gA_1 = load(grad_parameters, gA_start + n * LANES)
-                        for step in range(steps - 1, -1, -1):
-                            at = step * LANES
-                            entry = step * state + n
-                            gh_1 = fma(load(gy_tile, at), broadcast(C_tile, entry), gh_1)
-                            gexponent_1 = gh_1 * load(kept_tile, at)
-                            gA_1 = fma(gexponent_1, load(d_tile, at), gA_1)
-                            store(exponent_tile, at, fma(gexponent_1, A_1, load(exponent_tile, at)))
-                            store(drive_tile, at, fma(gh_1, broadcast(B_tile, entry), load(drive_tile, at)))
-                            gB_1 = fma(gh_1, load(du_tile, at), load(gB_tile, entry * LANES))
-                            store(gB_tile, entry * LANES, gB_1)
-                            gh_1 = gh_1 * load(decay_tile, at)
-                        store(gh_lanes, gh_start + n * LANES, gh_1)
-                        store(grad_parameters, gA_start + n * LANES, gA_1)
-
-                    D_block = load(parameters, weight + (rank + 1) * LANES)
-                    gbias = load(grad_parameters, gweight + rank * LANES)
-                    gD = load(grad_parameters, gweight + (rank + 1) * LANES)
-                    for step in range(steps):
-                        at = step * LANES
-                        u_t = load(u_tile, at)
-                        gy = load(gy_tile, at)
-                        drive_t = load(drive_tile, at)
-                        # A carries log2(e), which ln(2) takes out again.
-                        gdelta = fma(drive_t, u_t, load(exponent_tile, at) * ln_2) * load(slope_tile, at)
-                        store(slope_tile, at, gdelta)
-                        store(gy_tile, at, fma(drive_t, load(d_tile, at), gy * D_block))
-                        gbias = gbias + gdelta
-                        gD = fma(gy, u_t, gD)
-                    store(grad_parameters, gweight + rank * LANES, gbias)
-                    store(grad_parameters, gweight + (rank + 1) * LANES, gD)
+                    scan_tile_back(
+                        parameters, A_start, parameters, bias, parameters, bias + LANES, starts, h_start,
+                        B_tile, C_tile, 0, gh_lanes, gh_start, grad_parameters, gA_start,
+                        grad_parameters, gweight + rank * LANES, gB_tile, gC_tile,
+                        u_tile, d_tile, du_tile, slope_tile, gy_tile, drive_tile, exponent_tile,
+                        decay_tile, kept_tile, True, state, steps,
+                    )  # fmt: skip
                     _scatter_add(gy_tile, read, here, grad_u, data, channels, steps, rows)
 
                     for r in range(0, rank_quads_end, STATES):
@@ -425,13 +304,8 @@ def _flat(x: Tensor) -> np.ndarray:
 
 
 def _rows(x: Float[Tensor, "batch length paths entries"]) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """A tensor, of which entries at least are contiguous, as a flat array, and its other strides.
-
-    The three parts of one projection are read where they lie.
-    """
-    x = x.detach()
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
-        x = x.contiguous()
+    """A tensor as a flat array in which the entries are contiguous, and its other strides."""
+    x = operator.with_entries_together(x.detach())
     span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return _flat(x.as_strided((span,), (1,))), (x.stride(0), x.stride(1), x.stride(2))
 
@@ -444,23 +318,17 @@ def _splits(batch: int, channels: int) -> int:
     return max(1, min(-(-_blocks(channels) // BLOCKS_PER_TASK), SPLITS // batch))
 
 
-def _check_table(table: Tensor, length: int) -> None:
-    low, high = (int(x) for x in torch.aminmax(table))
-    if low < 0 or high >= length:
-        raise ValueError(f"paths must hold positions from 0 to {length - 1}: got {low} to {high}")
-
-
 def _sizes(u: Tensor, dt: Tensor, B: Tensor, parameters: Tensor) -> tuple[int, ...]:
     batch, length, channels = u.shape
     per_image = parameters[0].numel() if len(parameters) > 1 else 0
     return channels, length, dt.shape[2], dt.shape[3], B.shape[3], per_image, _splits(batch, channels)
 
 
-def _empty_starts(u: Tensor, B: Tensor, keep_starts: bool) -> Tensor:
+def _empty_outputs(u: Tensor, B: Tensor, keep_starts: bool) -> tuple[Tensor, Tensor]:
     batch, length, channels = u.shape
     chunks = -(-length // CHUNK) if keep_starts else 0
     shape = (batch, _blocks(channels), B.shape[2], chunks, B.shape[3], LANES)
-    return u.new_empty(shape, dtype=torch.float32)
+    return u.new_empty(u.shape), u.new_empty(shape, dtype=torch.float32)
 
 
 @torch.library.custom_op("mambastyle::ss2d_scan", mutates_args=(), device_types="cpu")
@@ -474,17 +342,13 @@ def scan_op(
     write: Tensor,
     keep_starts: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The scan of float32 or bfloat16 tokens: y in the dtype of u, and the state before each tile.
-
-    `parameters` is what `pack` makes. States before the tiles are what gradients need; without `keep_starts`
-    there are none.
-    """
+    """The scan of float32 or bfloat16 tokens; see `operator.py`."""
     batch, length, channels = u.shape
     state, rank = B.shape[3], dt.shape[3]
     for table in (read, write):
-        _check_table(table, length)
+        operator.check_table(table, length)
     y = u.new_zeros(u.shape, dtype=torch.float32)
-    starts = _empty_starts(u, B, keep_starts)
+    _, starts = _empty_outputs(u, B, keep_starts)
     (dt_array, dt_steps), (B_array, B_steps), (C_array, C_steps) = (_rows(x) for x in (dt, B, C))
     arrays = (_flat(u), dt_array, B_array, C_array, *(_flat(x) for x in (parameters, read, write, y, starts)))
     sizes = (dt_steps, B_steps, C_steps, *_sizes(u, dt, B, parameters))
@@ -499,11 +363,6 @@ def scan_op(
     return y.to(u.dtype), starts
 
 
-@scan_op.register_fake
-def _(u, dt, B, C, parameters, read, write, keep_starts):  # type: ignore
-    return u.new_empty(u.shape), _empty_starts(u, B, keep_starts)
-
-
 @torch.library.custom_op("mambastyle::ss2d_scan_backward", mutates_args=(), device_types="cpu")
 def scan_backward_op(
     grad_y: Tensor,
@@ -516,7 +375,6 @@ def scan_backward_op(
     write: Tensor,
     starts: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of u, dt, B, C and parameters, each in the dtype and shape of its tensor."""
     batch, length, channels = u.shape
     paths, rank, state = dt.shape[2], dt.shape[3], B.shape[3]
     splits = _splits(batch, channels)
@@ -554,76 +412,4 @@ def scan_backward_op(
     return grad_u.to(u.dtype), summed(grad_dt, dt), summed(grad_B, B), summed(grad_C, C), grad_parameters
 
 
-@scan_backward_op.register_fake
-def _(grad_y, u, dt, B, C, parameters, read, write, starts):  # type: ignore
-    return tuple(x.new_empty(x.shape) for x in (u, dt, B, C, parameters))
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, _ = inputs
-    # Without this, autograd would make zeros of the size of all stored states.
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[1])
-
-
-def _backward(ctx: Any, grad_y: Tensor | None, grad_starts: None) -> tuple:
-    if grad_y is None:
-        return (None,) * 8
-    grads = torch.ops.mambastyle.ss2d_scan_backward(grad_y, *ctx.saved_tensors)
-    return (*grads, None, None, None)
-
-
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError(
-        "the 'numba' SS2D scan has no second derivative: run it with backend='reference' "
-        "where gradients are differentiated again (gradient penalties)"
-    )
-
-
-torch.library.register_autograd("mambastyle::ss2d_scan", _backward, setup_context=_setup_context)
-torch.library.register_autograd("mambastyle::ss2d_scan_backward", _no_second_derivative)
-
-
-@register_flop_formula(torch.ops.mambastyle.ss2d_scan)
-def _flops(u_shape, dt_shape, B_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore
-    """9 per state and step, 2 per step for D u and 2 for each rank of the step size, on every path."""
-    batch, length, channels = u_shape
-    return batch * length * channels * dt_shape[2] * (9 * B_shape[3] + 2 * dt_shape[3] + 2)
-
-
-@register_flop_formula(torch.ops.mambastyle.ss2d_scan_backward)
-def _backward_flops(grad_y_shape, *shapes, out_shape=None, **kwargs) -> int:  # type: ignore
-    """Twice the forward pass, as for a matrix product."""
-    return 2 * _flops(*shapes)
-
-
-def pack(
-    A: Float[Tensor, "images paths channels state"],
-    dt_weight: Float[Tensor, "paths channels rank"],
-    dt_bias: Float[Tensor, "paths channels"],
-    D: Float[Tensor, "images paths channels"],
-) -> Float[Tensor, "images paths blocks entries 16"]:
-    """What the kernels know of each block of 16 channels, side by side; zeros fill up the last block."""
-    images, _, channels, _ = A.shape
-    parts = (A * float(LOG2_E), dt_weight.expand(images, -1, -1, -1))
-    parts += (dt_bias.expand(images, -1, -1).unsqueeze(-1), D.unsqueeze(-1))
-    packed = torch.cat(parts, dim=-1)  # (images, paths, channels, entries)
-    if channels % LANES:
-        packed = F.pad(packed, (0, 0, 0, -channels % LANES))
-    return packed.unflatten(2, (-1, LANES)).transpose(-1, -2).contiguous()
-
-
-def scan(
-    u: Float[Tensor, "batch length channels"],
-    dt: Float[Tensor, "batch length paths rank"],
-    B: Float[Tensor, "batch length paths state"],
-    C: Float[Tensor, "batch length paths state"],
-    parameters: Float[Tensor, "images paths blocks entries 16"],
-    read: Int[Tensor, "paths length"],
-    write: Int[Tensor, "paths length"],
-) -> Float[Tensor, "batch length channels"]:
-    """`ss2d_scan` of float32 or bfloat16 tokens with packed parameters."""
-    tensors = (u, dt, B, C, parameters)
-    keep_starts = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    y, _ = torch.ops.mambastyle.ss2d_scan(*tensors, read, write, keep_starts)
-    return y
+operator.register("ss2d_scan", "numba", _empty_outputs)
