@@ -39,7 +39,9 @@ class CNNDecoder(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch channels rows columns"]
     ) -> Float[Tensor, "batch 3 height width"]:
-        if torch.is_grad_enabled() or x.shape[2] * x.shape[3] <= _STRIP_POSITIONS:
+        # An exported graph serves every size, so it has no strips.
+        whole = torch.is_grad_enabled() or torch.compiler.is_exporting()
+        if whole or x.shape[2] * x.shape[3] <= _STRIP_POSITIONS:
             return self.decode(x)
         return self.decode_strips(x, max(_STRIP_POSITIONS // x.shape[3], 1))
 

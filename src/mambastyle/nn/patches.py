@@ -21,8 +21,10 @@ class PatchEmbedding(nn.Module):
         self, image: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch dim rows columns"]:
         height, width = (
-            self.patch * max(-(-size // self.patch), self.least) for size in image.shape[2:]
-        )  # the next whole number of patches
+            # The next whole number of patches. ONNX rounds the division of negative numbers otherwise.
+            self.patch * max((size + self.patch - 1) // self.patch, self.least)
+            for size in image.shape[2:]
+        )
         return self.proj((mirror_to(image, height, width) + 1) / 2)
 
 
@@ -34,9 +36,11 @@ def mirror_to(
     A padding of up to one less than the picture is torch's "reflect"; a side of 1 px is repeated.
     """
     rows, columns = _mirrored(image.shape[2], height, image), _mirrored(image.shape[3], width, image)
-    if len(rows) != image.shape[2]:
+    # An exported graph serves every size, also those that need no mirroring.
+    always = torch.compiler.is_exporting()
+    if always or height != image.shape[2]:
         image = image[:, :, rows]
-    return image[:, :, :, columns] if len(columns) != image.shape[3] else image
+    return image[:, :, :, columns] if always or width != image.shape[3] else image
 
 
 def _mirrored(size: int, wanted: int, like: Tensor) -> Tensor:

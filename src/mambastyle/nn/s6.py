@@ -14,16 +14,19 @@ from mambastyle.ops import selective_scan
 
 @dataclass(frozen=True)
 class S6Config:
-    """Sizes of one S6 block, Mamba-1's defaults."""
+    """Sizes of one S6 block, Mamba-1's defaults; without a `rank` it is dim / 16, rounded up."""
 
     dim: int
     state: int = 16
     expand: int = 2
     kernel_size: int = 4
+    rank: int | None = None
+    bias: bool = False
+    conv_bias: bool = True
 
     def __post_init__(self) -> None:
-        if min(self.dim, self.state, self.expand, self.kernel_size) < 1:
-            raise ValueError(f"dim, state, expand and kernel_size must be positive, got {self}")
+        if min(self.dim, self.state, self.expand, self.kernel_size, self.dt_rank) < 1:
+            raise ValueError(f"dim, state, expand, kernel_size and rank must be positive, got {self}")
 
     @property
     def inner(self) -> int:
@@ -31,7 +34,7 @@ class S6Config:
 
     @property
     def dt_rank(self) -> int:
-        return math.ceil(self.dim / 16)
+        return math.ceil(self.dim / 16) if self.rank is None else self.rank
 
 
 class S6(nn.Module):
@@ -41,13 +44,13 @@ class S6(nn.Module):
         super().__init__()
         self.config = config
         dim, inner, state, rank = config.dim, config.inner, config.state, config.dt_rank
-        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
-        self.conv1d = nn.Conv1d(inner, inner, config.kernel_size, groups=inner)
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=config.bias)
+        self.conv1d = nn.Conv1d(inner, inner, config.kernel_size, groups=inner, bias=config.conv_bias)
         self.x_proj = nn.Linear(inner, rank + 2 * state, bias=False)
         self.dt_proj = nn.Linear(rank, inner)
         self.A_log = nn.Parameter(torch.empty(inner, state))
         self.D = nn.Parameter(torch.ones(inner))
-        self.out_proj = nn.Linear(inner, dim, bias=False)
+        self.out_proj = nn.Linear(inner, dim, bias=config.bias)
         with torch.no_grad():
             nn.init.uniform_(self.dt_proj.weight, -(rank**-0.5), rank**-0.5)
             self.dt_proj.bias.copy_(initial_delta_bias(self.dt_proj.bias))
