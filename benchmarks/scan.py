@@ -2,6 +2,9 @@
 
     python benchmarks/scan.py --json scan.json          # S1-S5, a few minutes
     python benchmarks/scan.py --quick                   # S1 and S2, under a minute
+    python benchmarks/scan.py --device cuda             # Triton, and mamba-ssm where it is installed
+
+On a GPU times are those between two events on the device, and memory is PyTorch's peak of allocations.
 
 Contestants take turns within each repeat, in one process with one thread count, and medians are compared. On
 one thread the ratios are of CPU time, which other programs on the machine disturb least; with more, of wall
@@ -11,6 +14,7 @@ time.
 import argparse
 import ctypes
 import gc
+import importlib.util
 import json
 import os
 import platform
@@ -48,6 +52,8 @@ SHAPES = {
 # Peers hold (batch, channels, length, state) tensors, some ten of them with gradients; above this they are
 # left out.
 PEER_ELEMENTS = 80_000_000
+PACKAGES = ("torch", "numba", "numpy", "triton", "mambapy", "mamba_ssm")
+OURS = {"cpu": "numba", "cuda": "triton"}  # what the others are compared with
 
 Scan = Callable[..., Tensor]
 
@@ -90,22 +96,31 @@ def mambapy(u, delta, A, B, C, D, delta_bias) -> Tensor:  # type: ignore
     return y.transpose(1, 2).reshape(u.shape) + D[:, None] * u
 
 
-def ours(backend: str) -> Scan:
+def by_backend(backend: str) -> Scan:
     def scan(u, delta, A, B, C, D, delta_bias):  # type: ignore
         return selective_scan(u, delta, A, B, C, D, None, delta_bias, True, backend=backend)
 
     return scan
 
 
+def mamba_ssm(u, delta, A, B, C, D, delta_bias) -> Tensor:  # type: ignore
+    """The published CUDA kernel, where somebody has built it."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # type: ignore
+
+    return selective_scan_fn(u, delta, A, B, C, D, delta_bias=delta_bias, delta_softplus=True)
+
+
 CONTESTANTS: dict[str, Scan] = {
-    "numba": ours("numba"),
-    "reference": ours("reference"),
+    "numba": by_backend("numba"),
+    "triton": by_backend("triton"),
+    "mamba-ssm": mamba_ssm,
+    "reference": by_backend("reference"),
     "mambapy": mambapy,
     "published": published,
 }
 
 
-def make_inputs(shape: Shape) -> list[Tensor]:
+def make_inputs(shape: Shape, device: str) -> list[Tensor]:
     """Steps of about 0.05 and decays like Mamba's at the start of training."""
     generator = torch.Generator().manual_seed(0)
     batch, groups, group, length, state = shape
@@ -118,11 +133,11 @@ def make_inputs(shape: Shape) -> list[Tensor]:
     tensors = [normal(batch, channels, length), 0.5 * normal(batch, channels, length), A]
     tensors += [normal(batch, groups, state, length), normal(batch, groups, state, length)]
     tensors += [torch.ones(channels), torch.full((channels,), -3.0)]
-    return [x.requires_grad_() for x in tensors]
+    return [x.to(device).requires_grad_() for x in tensors]
 
 
 def passes(scan: Scan, inputs: list[Tensor]) -> dict[str, Callable[[], Any]]:
-    weights = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(inputs[0].device)
 
     def forward() -> Tensor:
         with torch.no_grad():
@@ -134,10 +149,12 @@ def passes(scan: Scan, inputs: list[Tensor]) -> dict[str, Callable[[], Any]]:
     return {"forward": forward, "forward+backward": both}
 
 
-def contestants(name: str, kind: str, only: list[str] | None) -> list[str]:
+def contestants(name: str, kind: str, device: str, only: list[str] | None) -> list[str]:
     shape = SHAPES[name]
     elements = shape.batch * shape.groups * shape.group * shape.length * shape.state
-    names = ["numba"]
+    names = [OURS[device]]
+    if device == "cuda" and importlib.util.find_spec("mamba_ssm") is not None:
+        names.append("mamba-ssm")
     if elements <= 10 * PEER_ELEMENTS and name != "S5":
         names.append("reference")
     if elements <= PEER_ELEMENTS or (kind == "forward" and name == "S4"):
@@ -147,8 +164,15 @@ def contestants(name: str, kind: str, only: list[str] | None) -> list[str]:
     return [name for name in names if only is None or name in only]
 
 
-def peak_extra_bytes(run: Callable[[], Any]) -> int | None:
-    """How far the resident memory of this process rises above where it stood before the call (Linux)."""
+def peak_extra_bytes(run: Callable[[], Any], device: str) -> int | None:
+    """How far memory rises above where it stood before the call: resident memory of the process (Linux), or
+    PyTorch's allocations on the GPU.
+    """
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
     if not sys.platform.startswith("linux"):
         return None
     gc.collect()
@@ -166,33 +190,46 @@ def peak_extra_bytes(run: Callable[[], Any]) -> int | None:
     return peak
 
 
-def measure(name: str, kind: str, repeats: int, only: list[str] | None) -> dict[str, dict[str, float | None]]:
-    inputs = make_inputs(SHAPES[name])
-    runs = {peer: passes(CONTESTANTS[peer], inputs)[kind] for peer in contestants(name, kind, only)}
-    wall: dict[str, list[float]] = {peer: [] for peer in runs}
-    cpu: dict[str, list[float]] = {peer: [] for peer in runs}
+def seconds(run: Callable[[], Any], device: str) -> tuple[float, float]:
+    """Wall and CPU time of one call; on a GPU the time between two events on it, for both."""
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return (start.elapsed_time(end) / 1e3,) * 2
+    wall_start, cpu_start = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - wall_start, time.process_time() - cpu_start
+
+
+def measure(
+    name: str, kind: str, repeats: int, device: str, only: list[str] | None
+) -> dict[str, dict[str, float | None]]:
+    inputs = make_inputs(SHAPES[name], device)
+    runs = {peer: passes(CONTESTANTS[peer], inputs)[kind] for peer in contestants(name, kind, device, only)}
+    times: dict[str, list[tuple[float, float]]] = {peer: [] for peer in runs}
     memory = {}
     for peer, run in runs.items():
         run()  # compiles, and fills caches
-        memory[peer] = peak_extra_bytes(run)
+        memory[peer] = peak_extra_bytes(run, device)
     for repeat in range(repeats):
         for peer, run in runs.items():
-            if repeat >= 3 and statistics.median(wall[peer]) > 3:  # a slow peer does not need many
+            if repeat >= 3 and min(times[peer])[0] > 3:  # a slow peer does not need many
                 continue
-            wall_start, cpu_start = time.perf_counter(), time.process_time()
-            run()
-            cpu[peer].append(time.process_time() - cpu_start)
-            wall[peer].append(time.perf_counter() - wall_start)
-    return {
-        peer: {
-            "wall_ms": 1e3 * statistics.median(wall[peer]),
-            "cpu_ms": 1e3 * statistics.median(cpu[peer]),
-            "cpu_ms_min": 1e3 * min(cpu[peer]),
-            "repeats": len(wall[peer]),
+            times[peer].append(seconds(run, device))
+    figures = {}
+    for peer in runs:
+        wall, cpu = zip(*times[peer], strict=True)
+        figures[peer] = {
+            "wall_ms": 1e3 * statistics.median(wall),
+            "cpu_ms": 1e3 * statistics.median(cpu),
+            "cpu_ms_min": 1e3 * min(cpu),
+            "repeats": len(wall),
             "peak_extra_mb": None if memory[peer] is None else memory[peer] / 1e6,
         }
-        for peer in runs
-    }
+    return figures
 
 
 def machine() -> dict[str, Any]:
@@ -205,11 +242,12 @@ def machine() -> dict[str, Any]:
     )
     return {
         "processor": cpu,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
-        "versions": {package: version(package) for package in ("torch", "numba", "numpy", "mambapy")},
+        "versions": {package: version(package) for package in PACKAGES if importlib.util.find_spec(package)},
         "commit": git.stdout.strip() or None,
     }
 
@@ -223,11 +261,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(CONTESTANTS), help="default: all that fit")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=list(OURS), default="cpu")
     parser.add_argument("--json", type=Path, help="write the figures there")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     repeats = 3 if arguments.quick else arguments.repeats
     clock = "cpu_ms" if arguments.threads == 1 else "wall_ms"
+    ours = OURS[arguments.device]
     report = {
         "command": " ".join(sys.argv),
         "threads": arguments.threads,
@@ -239,10 +279,10 @@ def main() -> None:
     for name in ["S1", "S2"] if arguments.quick else arguments.shapes or list(SHAPES):
         results[name] = {"shape": SHAPES[name]._asdict()}
         for kind in ("forward", "forward+backward"):
-            figures: dict[str, Any] = measure(name, kind, repeats, arguments.only)
+            figures: dict[str, Any] = measure(name, kind, repeats, arguments.device, arguments.only)
             for peer, figure in figures.items():
-                if "numba" in figures:
-                    figure["times_numba"] = figure[clock] / figures["numba"][clock]
+                if ours in figures:
+                    figure[f"times_{ours}"] = figure[clock] / figures[ours][clock]
                 print(
                     f"{name} {kind:17} {peer:10}",
                     *(f"{k} {v:.4g}" for k, v in figure.items() if v is not None),

@@ -2,6 +2,7 @@
 
     python benchmarks/ss2d.py                      # ss2d_scan against the scan of four reordered copies
     python benchmarks/ss2d.py --step               # encoder and fuser of KAOKORE64, forward and backward
+    python benchmarks/ss2d.py --device cuda        # the scan on a GPU
 
 Contestants take turns within each repeat, in one process with one thread count; figures are medians. Set
 OMP_NUM_THREADS to the threads that you ask for. On one thread CPU time counts, which other programs on the
@@ -12,7 +13,6 @@ import argparse
 import json
 import os
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mambastyle.models.mambastyle import KAOKORE64, Encoder, Fuser
 from mambastyle.ops import cross_paths, selective_scan, ss2d_scan
+from scan import seconds
 
 
 class Shape(NamedTuple):
@@ -76,10 +77,10 @@ def unfused(u, dt_low, dt_weight, A, B, C, D, dt_bias, height, width) -> Tensor:
 
 def fused(*inputs: Any) -> Tensor:
     *tensors, height, width = inputs
-    return ss2d_scan(*tensors, cross_paths(height, width))  # type: ignore
+    return ss2d_scan(*tensors, cross_paths(height, width, device=tensors[0].device))  # type: ignore
 
 
-def make_inputs(shape: Shape) -> list[Tensor]:
+def make_inputs(shape: Shape, device: str) -> list[Tensor]:
     """Steps of about 0.05 and decays like Mamba's at the start of training."""
     generator = torch.Generator().manual_seed(0)
     batch, height, width, channels, rank, state = shape
@@ -93,11 +94,11 @@ def make_inputs(shape: Shape) -> list[Tensor]:
     tensors += [-torch.arange(1.0, state + 1).repeat(4, channels, 1)]
     tensors += [normal(batch, length, 4, state), normal(batch, length, 4, state)]
     tensors += [torch.ones(4, channels), torch.full((4, channels), -3.0)]
-    return [x.requires_grad_() for x in tensors]
+    return [x.to(device).requires_grad_() for x in tensors]
 
 
 def passes(scan: Callable[..., Tensor], shape: Shape, inputs: list[Tensor]) -> dict[str, Callable[[], Any]]:
-    weights = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(inputs[0].device)
     grid = shape.height, shape.width
 
     def forward() -> Tensor:
@@ -126,17 +127,15 @@ def training_step(batch: int) -> Callable[[], None]:
     return step
 
 
-def measure(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
+def measure(runs: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, dict[str, float]]:
     for run in runs.values():
         run()  # compiles, and fills caches
     wall: dict[str, list[float]] = {name: [] for name in runs}
     cpu: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
-            wall_start, cpu_start = time.perf_counter(), time.process_time()
-            run()
-            cpu[name].append(1e3 * (time.process_time() - cpu_start))
-            wall[name].append(1e3 * (time.perf_counter() - wall_start))
+            for times, taken in zip((wall, cpu), seconds(run, device), strict=True):
+                times[name].append(1e3 * taken)
     return {
         name: {
             "cpu_ms": statistics.median(cpu[name]),
@@ -157,6 +156,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=["fused", "unfused"], default=["fused", "unfused"])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of the scan")
     parser.add_argument("--json", type=Path, help="write the figures there")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -168,15 +168,15 @@ def main() -> None:
             print(f"{label:28} {name:8}", *(f"{key} {value:.4g}" for key, value in figure.items()))
 
     if arguments.step:
-        note("kaokore64 step", measure({"step": training_step(arguments.batch)}, arguments.repeats))
+        note("kaokore64 step", measure({"step": training_step(arguments.batch)}, arguments.repeats, "cpu"))
     else:
         scans = {"fused": fused, "unfused": unfused}
         for name in arguments.shapes:
-            inputs = make_inputs(SHAPES[name])
+            inputs = make_inputs(SHAPES[name], arguments.device)
             kinds = {scan: passes(scans[scan], SHAPES[name], inputs) for scan in arguments.only}
             for kind in ("forward", "forward+backward"):
                 runs = {scan: kinds[scan][kind] for scan in arguments.only}
-                note(f"{name} {kind}", measure(runs, arguments.repeats))
+                note(f"{name} {kind}", measure(runs, arguments.repeats, arguments.device))
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 
