@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from mambastyle.checkpoints import CheckpointError, nearest
+from mambastyle.checkpoints import CheckpointError, nearest, read_header
 
-# What a folder must and may hold to be loaded as a model.
+# What a folder must and may hold to be loaded as a model that inverts.
 REQUIRED_FILES = ("generator.safetensors", "inversion.safetensors")
 OPTIONAL_FILES = ("directions.safetensors", "features.safetensors")
+# What a folder holds to be loaded as a model that stylizes: one of these, named after its kind.
+STYLIZER_FILES = ("samam.safetensors", "mamba-st.safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +28,11 @@ class Preset:
     demo_edits: tuple[tuple[str, tuple[float, ...]], ...] = ()
     """What `mambastyle demo` shows: directions and strengths, the strongest last."""
     files: tuple[str, ...] = (*REQUIRED_FILES, *OPTIONAL_FILES)
+
+    @property
+    def stylizes(self) -> bool:
+        """Whether it stylizes pictures; otherwise it inverts them."""
+        return not set(self.files).isdisjoint(STYLIZER_FILES)
 
     @property
     def folder(self) -> Path:
@@ -44,16 +51,41 @@ _KAOKORE64 = Preset(
         "Tian et al., arXiv:2002.08595"
     ),
     licence="CC BY-SA 4.0",
-    reaches="559 test faces: L2 0.0061 on [-1, 1], MS-SSIM 0.954 (docs/reproduction.md); edits are weak yet",
-    demo_edits=(("gender", (-1.0, 1.0, 2.0)), ("noble", (1.0, 2.0)), ("warrior", (1.0, 2.0))),
+    reaches="559 test faces: L2 0.0051 on [-1, 1], MS-SSIM 0.957 (docs/reproduction.md)",
+    demo_edits=(("gender", (-2.0, 2.0, 3.0)), ("noble", (2.0, 3.0)), ("warrior", (2.0, 4.0))),
 )
 
-PRESETS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset in (_KAOKORE64,)})
+_STYLE_DATA = (
+    "photographs of BSDS500, Caltech-101, Oxford-IIIT Pet, Urban100 and clothing; paintings of WikiArt, "
+    "textures of DTD"
+)
+_STYLE_LICENCE = "research use, not commercial (as its data, of which BSDS500 is non-commercial)"
+
+_SAMAM_SMALL = Preset(
+    name="samam-small",
+    description="SaMam at a quarter of the published width: any photograph in the manner of any painting",
+    data=_STYLE_DATA,
+    licence=_STYLE_LICENCE,
+    reaches="docs/reproduction.md has the table of `mambastyle evaluate style-transfer`",
+    files=("samam.safetensors",),
+)
+_MAMBA_ST_SMALL = Preset(
+    name="mamba-st-small",
+    description="Mamba-ST at a fifth of the published width: any photograph in the manner of any painting",
+    data=_STYLE_DATA,
+    licence=_STYLE_LICENCE,
+    reaches="docs/reproduction.md has the table of `mambastyle evaluate style-transfer`",
+    files=("mamba-st.safetensors",),
+)
+
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {preset.name: preset for preset in (_KAOKORE64, _SAMAM_SMALL, _MAMBA_ST_SMALL)}
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelFiles:
-    """Where the parts of one model lie; `directions` and `features` may be absent."""
+    """Where the parts of one model that inverts lie; `directions` and `features` may be absent."""
 
     name: str
     generator: Path
@@ -61,34 +93,92 @@ class ModelFiles:
     directions: Path | None
     features: Path | None
 
+    @property
+    def paths(self) -> list[Path]:
+        """Those that are there."""
+        return [p for p in (self.generator, self.inversion, self.directions, self.features) if p is not None]
 
-def find_model(source: str | os.PathLike[str]) -> ModelFiles:
-    """The files that a preset's name, a folder, or the inversion checkpoint inside one stands for.
 
-    Raises CheckpointError when there is no such preset or path (naming the nearest preset), or when the
-    folder lacks a required file.
+@dataclasses.dataclass(frozen=True)
+class StylizerFile:
+    """Where a model that stylizes lies."""
+
+    name: str
+    path: Path
+
+    @property
+    def paths(self) -> list[Path]:
+        """The one file, as a list."""
+        return [self.path]
+
+
+def find(source: str | os.PathLike[str]) -> ModelFiles | StylizerFile:
+    """The files that a preset's name, a folder, or a checkpoint stands for.
+
+    A checkpoint is that of a model that stylizes, or the inversion checkpoint in its folder. Raises
+    CheckpointError when there is no such preset or path (naming the nearest preset), or when the folder lacks
+    a required file.
     """
     if isinstance(source, str) and source in PRESETS:
         preset = PRESETS[source]
-        if missing := [name for name in REQUIRED_FILES if name in preset.missing()]:
+        required = preset.files if preset.stylizes else REQUIRED_FILES
+        if missing := [name for name in required if name in preset.missing()]:
             raise CheckpointError(
                 f"this installation lacks {', '.join(missing)} of the preset {source!r}: install the package "
                 "again, or train them with the recipes"
             )
+        if preset.stylizes:
+            return StylizerFile(source, preset.folder / preset.files[0])
         return _model_in(preset.folder, source)
     path = Path(source).expanduser()
     if path.is_file():
+        if path.suffix == ".safetensors" and f"{read_header(path).kind}.safetensors" in STYLIZER_FILES:
+            return StylizerFile(path.stem, path)
         path = path.parent
     if path.is_dir():
         if missing := [name for name in REQUIRED_FILES if not (path / name).is_file()]:
+            styles = [path / name for name in STYLIZER_FILES if (path / name).is_file()]
+            if len(styles) == 1:
+                return StylizerFile(path.name, styles[0])
+            if styles:
+                raise CheckpointError(
+                    f"the folder {path} holds two models that stylize: name one of the files"
+                )
             raise CheckpointError(
                 f"the folder {path} lacks {' and '.join(missing)}: a model is a folder with "
-                f"{', '.join(REQUIRED_FILES)} (and {', '.join(OPTIONAL_FILES)})"
+                f"{', '.join(REQUIRED_FILES)} (and {', '.join(OPTIONAL_FILES)}), or with one of "
+                f"{', '.join(STYLIZER_FILES)}"
             )
         return _model_in(path, path.name)
     near = nearest(str(source), PRESETS)
     hint = f"did you mean {near!r}?" if near else f"the presets are: {', '.join(PRESETS)}"
     raise CheckpointError(f"no preset or folder named {str(source)!r}: {hint}")
+
+
+def find_model(source: str | os.PathLike[str]) -> ModelFiles:
+    """`find` for a model that inverts; CheckpointError for one that stylizes."""
+    found = find(source)
+    if isinstance(found, StylizerFile):
+        raise CheckpointError(
+            f"{str(source)!r} stylizes pictures, it does not invert them: give it to `mambastyle stylize`, "
+            f"and here {_names(stylizes=False)}"
+        )
+    return found
+
+
+def find_stylizer(source: str | os.PathLike[str]) -> StylizerFile:
+    """`find` for a model that stylizes; CheckpointError for one that inverts."""
+    found = find(source)
+    if isinstance(found, ModelFiles):
+        raise CheckpointError(
+            f"{str(source)!r} inverts pictures, it does not stylize them: give it to `mambastyle invert` or "
+            f"`edit`, and here {_names(stylizes=True)}"
+        )
+    return found
+
+
+def _names(*, stylizes: bool) -> str:
+    return " or ".join(preset.name for preset in PRESETS.values() if preset.stylizes == stylizes)
 
 
 def _model_in(folder: Path, name: str) -> ModelFiles:

@@ -68,4 +68,4 @@ def test_samam(monkeypatch, config, millions, published):
 
 @pytest.mark.parametrize(("network", "config"), [(MambaST, MAMBA_ST_SMALL), (SaMam, SAMAM_SMALL)])
 def test_the_small_models_fit_in_twenty_megabytes_of_half_precision(network, config):
-    assert 1e6 < parameters(meta(network, config)) < 9e6
+    assert 0 < 2 * parameters(meta(network, config)) < 20e6

@@ -5,9 +5,11 @@ import torch
 from tests.golden import cases
 from tests.golden.cases import TOLERANCE, error, image
 
+import mambastyle
 from mambastyle import published
 from mambastyle.models.mamba_st import MambaST
 from mambastyle.models.samam import SaMam
+from mambastyle.published.convert import convert
 
 
 @torch.no_grad()
@@ -32,6 +34,18 @@ def test_samam_equals_the_published_one(case, size):
     assert error(model.content_encoder(content)[:, ::4], expected["content_features"]) < TOLERANCE
     assert error(code, expected["style_embedding"]) < TOLERANCE
     assert error((model.stylize(content, code) + 1) / 2, expected["stylized"]) < TOLERANCE
+
+
+def test_a_converted_file_stylizes(tmp_path):
+    weights, expected = cases.load("samam_p8")
+    torch.save(weights, tmp_path / "samam.pth")
+    converted = convert(tmp_path / "samam.pth", tmp_path / "samam.safetensors")
+    assert converted.kind == converted.published_kind == "samam"
+    stylizer = mambastyle.load(tmp_path / "samam.safetensors", device="cpu")
+    content, style = image(200, 1, 64, 96), image(201, 1, 64, 128)
+    stylized = stylizer.stylize(content[0], style[0], output="tensor")
+    # Pictures are clamped.
+    assert error((stylized[None] + 1) / 2, expected["stylized"].clip(0, 1)) < TOLERANCE
 
 
 def test_a_file_with_other_patches_is_refused():

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mambastyle.nn.cnn_decoder import CNNDecoder, check_stages
@@ -56,7 +56,7 @@ class MambaSTConfig:
 
 
 MAMBA_ST_SMALL = MambaSTConfig(
-    dim=128, state=8, encoder_layers=2, decoder_layers=2, decoder=((64,), (64, 64, 48), (48, 32), (24, 3))
+    dim=96, state=4, patch=4, encoder_layers=2, decoder_layers=2, decoder=((64,), (48, 48), (32, 3))
 )
 """Trains on two CPU cores."""
 
@@ -102,13 +102,14 @@ class STSS2D(nn.Module):
     ) -> Float[Tensor, "batch height width dim"]:
         height, width = content.shape[1:3]
         rank, state = self.config.dt_rank, self.config.state
-        x, z = self.in_proj(content).chunk(2, dim=-1)
-        content_tokens = self.mix_neighbours(x)  # (batch, length, inner)
+        # Each map is made when it is needed and dropped after: at 4096 px the largest take a gigabyte each.
+        to_x, to_z = self.in_proj.weight.chunk(2)
+        content_tokens = self.mix_neighbours(F.linear(content, to_x))  # (batch, length, inner)
+        C = F.linear(content_tokens, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (4, -1))
+        del content_tokens
         style_tokens = self.mix_neighbours(self.in_style_proj(style))
-
         from_style = F.linear(style_tokens, self.style_proj_weight.flatten(0, 1)).unflatten(-1, (4, -1))
         dt_low, B = from_style.split((rank, state), dim=-1)  # (batch, length, 4, ...)
-        C = F.linear(content_tokens, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (4, -1))
         y = ss2d_scan(
             style_tokens,
             dt_low,
@@ -120,6 +121,8 @@ class STSS2D(nn.Module):
             self.dt_projs_bias,
             cross_paths(height, width, device=content.device),
         )
+        del style_tokens, from_style, dt_low, B, C
+        z = F.linear(content, to_z)
         y = self.out_norm(y).to(z.dtype).unflatten(1, (height, width))
         return self.out_proj(y * F.silu(z))
 
@@ -206,21 +209,34 @@ class MambaST(nn.Module):
         *,
         generator: torch.Generator | None = None,
         average: int = 1,
+        orders: Int[Tensor, "draws layers positions"] | None = None,
     ) -> Float[Tensor, "batch 3 height width"]:
-        """Stylize by what `encode_style` gave, one style for each picture or one for all; not clamped.
+        """Stylize by what `encode_style` gave, one style for each picture or one for all; not clamped."""
+        decoded = self.transfer(content, style_code, generator=generator, average=average, orders=orders)
+        return self.paint(decoded, *content.shape[2:])
+
+    def transfer(
+        self,
+        content: Float[Tensor, "batch 3 height width"],
+        style_code: Float[Tensor, "#batch _ _ dim"],
+        *,
+        generator: torch.Generator | None = None,
+        average: int = 1,
+        orders: Int[Tensor, "draws layers positions"] | None = None,
+    ) -> Float[Tensor, "batch dim rows columns"]:
+        """The map behind the ST decoder, which `paint` makes a picture of.
 
         The shuffles come from `generator`; without one they are the same at every call. The batch shares
-        them. `average` > 1 runs the ST decoder under so many different shuffles and decodes the mean of its
-        outputs, which depends less on the draw.
+        them. `average` > 1 runs the ST decoder under so many different shuffles and gives the mean of its
+        outputs, which depends less on the draw. `orders` gives the shuffles themselves instead, as
+        `draw_orders` does.
         """
         if average < 1:
             raise ValueError(f"average must be 1 or more, got {average}")
-        if len(style_code) not in (1, len(content)):
+        if style_code.shape[0] not in (1, content.shape[0]):
             raise ValueError(
                 f"expected 1 style or {len(content)}, one for each picture, got {len(style_code)}"
             )
-        if generator is None:
-            generator = torch.Generator().manual_seed(SHUFFLE_SEED)
         x = self.embedding(content).permute(0, 2, 3, 1)
         position = torch.zeros_like(x[:1, :1, :1]) if self.position is None else self.position(x)
         for block in self.content_encoder:
@@ -228,23 +244,44 @@ class MambaST(nn.Module):
             x = block(x) + x
 
         style = fit_tokens(style_code, *x.shape[1:3]).expand_as(x)
-        draws = average if self.config.shuffle else 1
-        decoded = torch.stack([self.decode(x, style, position, generator) for _ in range(draws)]).mean(0)
-        picture = self.cnn_decoder(decoded.permute(0, 3, 1, 2)) * 2 - 1
-        return picture[..., : content.shape[2], : content.shape[3]]
+        if orders is None:
+            orders = self.draw_orders(x.shape[1] * x.shape[2], generator, average)
+        decoded = torch.stack([self.decode(x, style, position, order) for order in orders]).mean(0)
+        return decoded.permute(0, 3, 1, 2)
+
+    def paint(
+        self, x: Float[Tensor, "batch dim rows columns"], height: int, width: int
+    ) -> Float[Tensor, "batch 3 {height} {width}"]:
+        """The picture of a map, cut to the content's size; not clamped."""
+        return (self.cnn_decoder(x) * 2 - 1)[..., :height, :width]
+
+    def draw_orders(
+        self, positions: int, generator: torch.Generator | None = None, draws: int = 1
+    ) -> Int[Tensor, "draws layers positions"]:
+        """The orders in which the ST layers see the style tokens; without a shuffle, once as they are."""
+        layers = len(self.st_decoder)
+        if not self.config.shuffle:
+            return torch.arange(positions).expand(1, layers, -1)
+        if generator is None:
+            generator = torch.Generator().manual_seed(SHUFFLE_SEED)
+        drawn = [
+            torch.randperm(positions, generator=generator, device=generator.device)
+            for _ in range(draws * layers)
+        ]
+        return torch.stack(drawn).unflatten(0, (draws, layers))
 
     def decode(
         self,
         content: Float[Tensor, "batch rows columns dim"],
         style: Float[Tensor, "batch rows columns dim"],
         position: Float[Tensor, "#batch #rows #columns dim"],
-        generator: torch.Generator,
+        orders: Int[Tensor, "layers positions"],
     ) -> Float[Tensor, "batch rows columns dim"]:
-        """The ST layers; each sees the style tokens in a new order of `generator`."""
+        """The ST layers; each sees the style tokens in its own order."""
         x = content
-        for block in self.st_decoder:
+        for block, order in zip(self.st_decoder, orders.to(x.device), strict=True):
             x = x + position
-            x = block(x, shuffle(style, generator) if self.config.shuffle else style) + x
+            x = block(x, reorder(style, order) if self.config.shuffle else style) + x
         return self.norm(x)
 
 
@@ -256,16 +293,16 @@ def fit_tokens(
     Equal sizes stay as they are. Tokens are repeated or left out, never mixed: a mean of two strokes is no
     stroke of the style, and blending lowers the deviation of what the decoder is trained to see.
     """
-    if tokens.shape[1:3] == (height, width):
+    # An exported graph serves every size, also those that fit already.
+    if not torch.compiler.is_exporting() and tokens.shape[1:3] == (height, width):
         return tokens
     grid = F.interpolate(tokens.permute(0, 3, 1, 2), (height, width), mode="nearest-exact")
     return grid.permute(0, 2, 3, 1)
 
 
-def shuffle(
-    tokens: Float[Tensor, "batch height width dim"], generator: torch.Generator
+def reorder(
+    tokens: Float[Tensor, "batch height width dim"], order: Int[Tensor, " positions"]
 ) -> Float[Tensor, "batch height width dim"]:
-    """All positions in a random order, the same one for the whole batch."""
+    """All positions in another order, the same one for the whole batch."""
     height, width = tokens.shape[1:3]
-    order = torch.randperm(height * width, generator=generator, device=generator.device)
-    return tokens.flatten(1, 2)[:, order.to(tokens.device)].unflatten(1, (height, width))
+    return tokens.flatten(1, 2)[:, order].unflatten(1, (height, width))

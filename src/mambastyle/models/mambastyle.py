@@ -6,14 +6,17 @@ The generator G is frozen and lives in `models.stylegan2`; F is added to its act
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mambastyle.checkpoints import nearest
 from mambastyle.nn.irse import Bottleneck
 from mambastyle.nn.modulated import ModulatedConv
 from mambastyle.nn.s6 import S6, S6Config
@@ -30,10 +33,15 @@ class MambaStyleConfig:
     Of the three scales, the first is always the finest. `mixer` and `fuser` name the rows of the paper's
     ablation: "ss2d" with fuser is Final, without it W/o Fuser; "none" is Base; "vit" is ViT; "identity-scan"
     is our reading of W/o SS2D, which the paper does not define (its parameter count differs from ours).
+    Without `feature` (and so without `fuser`) it is an encoder into W+, the baseline of the field.
     """
 
     image_size: int = 256
     """Height and width the encoder is trained at; it takes any multiple of `multiple`."""
+    frame: tuple[int, int] | None = None
+    """(height, width) of the middle of the generator's picture that shows something; None for all of it.
+
+    LSUN's cars are 384 x 512 between black bars: pictures get the bars, and lose them when rendered."""
     num_ws: int = 18
     w_dim: int = 512
 
@@ -51,7 +59,11 @@ class MambaStyleConfig:
     feature_channels: int = 512
     """Channels of the generator where F is added."""
     feature_layer: int = 9
-    """The paper's k: F is added after this convolution, counted from 1 at 4 px; 9 is the second at 64 px."""
+    """The paper's k: F is added after this convolution, counted from 1 at 4 px; 9 is the second at 64 px.
+
+    Another layer asks for its own `feature_channels`, and for `strides` whose first two bring `image_size` to
+    its size: in the generator of `KAOKORE64`, layer 5 (16 px) takes 128 and (2, 2, 1, 2).
+    """
 
     direction_tokens: int = 32
     direction_grid: int = 32
@@ -59,13 +71,19 @@ class MambaStyleConfig:
     direction_widths: tuple[int, int, int] = (64, 128, 256)
 
     mixer: Mixer = "ss2d"
+    feature: bool = True
+    """False: latents alone (W+ only); the encoder gives no H, and nothing is added inside G."""
     fuser: bool = True
     state: int = 16
     expand: int = 2
+    vit_mlp: int = 4
+    """How many times as wide the MLP of a ViT block is: it sets that variant's parameters."""
 
     def __post_init__(self) -> None:
         if self.mixer not in get_args(Mixer):
             raise ValueError(f"mixer must be one of {get_args(Mixer)}, got {self.mixer!r}")
+        if self.fuser and not self.feature:
+            raise ValueError("without feature there is nothing to fuse: set fuser to false as well")
         if sum(self.latent_split) != self.num_ws:
             raise ValueError(f"latent_split {self.latent_split} must add up to num_ws {self.num_ws}")
         if len(self.head_pools) != 3:
@@ -75,6 +93,8 @@ class MambaStyleConfig:
                 raise ValueError(f"head_pools: {channels} channels do not divide fpn_width {self.fpn_width}")
         if self.image_size % self.multiple:
             raise ValueError(f"image_size {self.image_size} must be a multiple of {self.multiple}")
+        if self.frame is not None and min(self.frame) < 1:
+            raise ValueError(f"frame must be a height and a width of 1 or more, got {self.frame}")
         if self.direction_tokens != self.direction_width:
             # Each token becomes one channel of the direction's grid (the transposition in section 3.3).
             raise ValueError(
@@ -96,6 +116,20 @@ class MambaStyleConfig:
         return self.image_size // self.feature_stride
 
 
+# ---- Named sizes, and the rows of the ablation
+
+FACES1024 = MambaStyleConfig()
+"""The paper's model of faces, with FFHQ's 1024 px generator."""
+
+FACES256 = MambaStyleConfig(num_ws=14, latent_split=(4, 4, 6))
+"""For a 256 px generator of faces with 512 channels at 64 px (the .pt layout); the split is ours.
+
+NVIDIA's own 256 px generators have half the channels there: set feature_channels to 256 for one of them.
+"""
+
+CARS512 = MambaStyleConfig(num_ws=16, latent_split=(4, 4, 8), frame=(384, 512))
+"""The paper's model of cars: LSUN's 512 px generator, pictures of 384 x 512."""
+
 KAOKORE64 = MambaStyleConfig(
     image_size=64,
     num_ws=10,
@@ -116,8 +150,39 @@ KAOKORE64 = MambaStyleConfig(
     direction_widths=(32, 32, 64),
     state=8,
     expand=1,
+    vit_mlp=2,
 )
 """For a 64 px generator with 10 latents of 256 and 64 channels at 32 px: trains on two CPU cores."""
+
+CONFIGS: Mapping[str, MambaStyleConfig] = MappingProxyType(
+    {"faces1024": FACES1024, "faces256": FACES256, "cars512": CARS512, "kaokore64": KAOKORE64}
+)
+"""Every named size; run files and the command line take these names."""
+
+VARIANTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "final": {"mixer": "ss2d", "fuser": True},
+        "base": {"mixer": "none"},
+        "vit": {"mixer": "vit"},
+        "no-ss2d": {"mixer": "identity-scan"},
+        "no-fuser": {"fuser": False},
+        "no-le": {},
+        "w-plus": {"feature": False, "fuser": False},
+    }
+)
+"""The rows of the paper's table 3, the encoder into W+ alone, and the fields of the config that each changes.
+
+"no-le" is trained without the edit loss: the network is Final's, the run file's `variant` drops the term.
+"""
+
+
+def variant_of(config: MambaStyleConfig, variant: str) -> MambaStyleConfig:
+    """`config` as a row of the ablation: `variant_of(KAOKORE64, "vit")`. ValueError for an unknown name."""
+    if variant not in VARIANTS:
+        near = nearest(variant, VARIANTS)
+        hint = f"did you mean {near!r}?" if near else f"choose among {', '.join(VARIANTS)}"
+        raise ValueError(f"no variant {variant!r}: {hint}")
+    return replace(config, **VARIANTS[variant])
 
 
 class Inversion(NamedTuple):
@@ -137,7 +202,7 @@ def make_mixer(config: MambaStyleConfig, channels: int) -> nn.Module:
     if config.mixer == "none":
         return nn.Identity()
     if config.mixer == "vit":
-        return OnGrid(ViTBlock(channels))
+        return OnGrid(ViTBlock(channels, mlp_ratio=config.vit_mlp))
     scan = "selective" if config.mixer == "ss2d" else "identity"
     return OnGrid(VSSBlock(SS2DConfig(channels, state=config.state, expand=config.expand, scan=scan)))
 
@@ -147,7 +212,7 @@ def make_sequence_mixer(config: MambaStyleConfig, channels: int) -> nn.Module:
     if config.mixer == "none":
         return nn.Identity()
     if config.mixer == "vit":
-        return ViTBlock(channels)
+        return ViTBlock(channels, mlp_ratio=config.vit_mlp)
     return S6(S6Config(channels, state=config.state, expand=config.expand))
 
 
@@ -212,7 +277,8 @@ class LatentHead(nn.Module):
 class Encoder(nn.Module):
     """Image (batch, 3, height, width) in [-1, 1] to the latents, less `w_avg`, and the feature map H.
 
-    Height and width may differ; each must be a multiple of `config.multiple`, or a ValueError says so.
+    H is None for a model without a feature. Height and width may differ; each must be a multiple of
+    `config.multiple`, or a ValueError says so.
     """
 
     def __init__(self, config: MambaStyleConfig) -> None:
@@ -235,7 +301,9 @@ class Encoder(nn.Module):
             LatentHead(config.fpn_width, pool, latents, config.w_dim)
             for pool, latents in zip(config.head_pools, config.latent_split, strict=True)
         )
-        self.to_feature = nn.Conv2d(config.fpn_width, config.feature_channels, 3, padding=1)
+        self.to_feature = (
+            nn.Conv2d(config.fpn_width, config.feature_channels, 3, padding=1) if config.feature else None
+        )
 
     def forward(self, image: Float[Tensor, "batch 3 height width"]) -> Inversion:
         for name, size in zip(("height", "width"), image.shape[2:], strict=True):
@@ -253,7 +321,7 @@ class Encoder(nn.Module):
 
         maps = [mix(x) for mix, x in zip(self.mixers, (fine, middle, coarse), strict=True)]
         ws = torch.cat([head(x) for head, x in zip(self.heads, maps, strict=True)], dim=1)
-        return Inversion(ws, self.to_feature(maps[0]))
+        return Inversion(ws, None if self.to_feature is None else self.to_feature(maps[0]))
 
 
 def upsample_add(
@@ -334,7 +402,7 @@ class Fuser(nn.Module):
         direction_feature: Float[Tensor, "#batch channels height width"] | None = None,
     ) -> Float[Tensor, "batch channels height width"]:
         self.check_direction(direction)
-        if len(direction) != len(feature):
+        if direction.shape[0] != feature.shape[0]:
             raise ValueError(
                 f"expected one direction for each of {len(feature)} pictures, got {len(direction)}: "
                 "expand the direction"

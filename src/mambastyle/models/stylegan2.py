@@ -103,7 +103,7 @@ class EqualLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "b i"]) -> Float[Tensor, "b o"]:
         # In float32 under autocast too: latents and styles are small, and everything behind hangs on them.
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             x = F.linear(x.to(self.weight.dtype), self.weight * self.weight_gain, self.bias * self.bias_gain)
             return F.leaky_relu(x, 0.2) * math.sqrt(2) if self.activate else x
 
