@@ -82,7 +82,8 @@ def test_a_damaged_set_is_refused(directions, tmp_path):
     from mambastyle import checkpoints
 
     path = tmp_path / "directions.safetensors"
-    checkpoints.save(path, {}, kind="directions", config={"directions": [{"name": "age"}]})
+    entry = {"name": "age", "space": "w", "layers": None, "scale": 1.0, "description": ""}
+    checkpoints.save(path, {}, kind="directions", config={"directions": [entry]})
     with pytest.raises(CheckpointError, match="lacks 'age'"):
         Directions.load(path)
 
@@ -138,3 +139,14 @@ def test_directions_of_other_generators_do_not_mix(directions):
         combine([])
     with pytest.raises(DirectionError, match="expected a \\(name, strength\\) pair"):
         directions.resolve(["gender"])
+
+
+def test_sets_of_one_generator_join(directions):
+    smile = Directions([Direction.from_w("smile", torch.ones(4), 6)])
+    joined = Directions.joined([smile, directions])
+    assert list(joined) == ["smile", "gender", "age"]
+    assert joined.generator == directions.generator
+    with pytest.raises(DirectionError, match="discovered in different generators"):
+        Directions.joined([directions, Directions(smile.values(), generator="cd" * 32)])
+    with pytest.raises(DirectionError, match="two directions are named 'smile'"):
+        Directions.joined([smile, smile])

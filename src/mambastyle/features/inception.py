@@ -145,12 +145,15 @@ class FIDInception(nn.Module):
         self.requires_grad_(False)
         self.eval()
 
-    def forward(self, image: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 2048"]:
+    def forward(
+        self, image: Float[Tensor, "batch 3 height width"], *, resize: bool = True
+    ) -> Float[Tensor, "batch 2048"]:
         """The global average of the last block for pictures in [-1, 1] of any size.
 
-        They are resized to 299 px, bilinear and without antialiasing, as the FID's reference code does.
+        They are resized to 299 px, bilinear and without antialiasing, as the FID's reference code does; that
+        of ArtFID leaves them as they are (`resize=False`, from 75 px).
         """
-        x = F.interpolate(image, (SIZE, SIZE), mode="bilinear", align_corners=False)
+        x = F.interpolate(image, (SIZE, SIZE), mode="bilinear", align_corners=False) if resize else image
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = F.max_pool2d(x, 3, 2)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))

@@ -35,6 +35,8 @@ _POOL_BEFORE = {"fire2", "fire5", "fire9"}
 _MEAN = (123.0, 117.0, 104.0)
 MINIMUM_SIZE = 21
 ENVIRONMENT_VARIABLE = "MAMBASTYLE_SQUEEZENET"
+PERCEPTUAL_LAYERS = ("relu1", "fire2", "fire3", "fire5", "fire7", "fire9")
+"""The maps that a perceptual distance compares: the end of each size, as LPIPS has it."""
 
 
 class Fire(nn.Module):
@@ -130,6 +132,11 @@ class SqueezeNetFeatures(nn.Module):
                 )
             tensors[name] = found[theirs].to(expected.dtype)
         self.load_state_dict(tensors)
+
+
+def is_known() -> bool:
+    """Whether the environment names a SqueezeNet file; one that is named and missing is still an error."""
+    return bool(os.environ.get(ENVIRONMENT_VARIABLE))
 
 
 def find_file(path: str | Path | None = None) -> Path:

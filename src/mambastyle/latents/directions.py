@@ -9,6 +9,7 @@ layer).
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -112,6 +113,25 @@ class Direction:
         return ws + strength.to(ws)[:, None, None] * self.offset().to(ws)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """A direction without its vector, as a file describes it."""
+
+    name: str
+    space: Space
+    layers: tuple[int, int] | None
+    scale: float
+    description: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Saved:
+    """What a file says of its directions."""
+
+    directions: tuple[_Entry, ...]
+    generator: str | None = None
+
+
 # A name in a set or a direction itself, and how strongly.
 Edits: TypeAlias = Mapping[str, float] | Iterable[tuple[str | Direction, float]]
 
@@ -140,6 +160,17 @@ class Directions(Mapping[str, Direction]):
         known = ", ".join(self._by_name) or "none"
         hint = f"did you mean {near!r}?" if near else f"the known ones are: {known}"
         raise UnknownDirectionError(f"no direction named {name!r}: {hint}")
+
+    def at(self, text: str) -> Direction:
+        """The direction that `gender` names, or `gender@0:4` on the layers 0 to 3."""
+        name, at, layers = text.partition("@")
+        direction = self[name]
+        if not at:
+            return direction
+        match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", layers)
+        if match is None:
+            raise DirectionError(f"the layers of {text!r} are {layers!r}, expected FIRST:STOP such as 0:4")
+        return direction.on_layers(int(match[1]), int(match[2]))
 
     def __contains__(self, name: object) -> bool:
         return name in self._by_name
@@ -192,20 +223,34 @@ class Directions(Mapping[str, Direction]):
         """Read a set; raises checkpoints.CheckpointError when the file is damaged or of another kind."""
         checkpoint = checkpoints.load(Path(path), kind=KIND)
         try:
+            saved = checkpoints.config_from_dict(_Saved, checkpoint.config)
             directions = [
-                Direction(
-                    name=entry["name"],
-                    vector=checkpoint.tensors[entry["name"]].float(),
-                    space=entry["space"],
-                    layers=tuple(entry["layers"]) if entry["layers"] is not None else None,
-                    scale=float(entry["scale"]),
-                    description=entry["description"],
-                )
-                for entry in checkpoint.config["directions"]
+                Direction(vector=checkpoint.tensors[entry.name].float(), **vars(entry))
+                for entry in saved.directions
             ]
-        except (KeyError, TypeError) as error:
+        except KeyError as error:
             raise CheckpointError(f"{path} lacks {error} for a direction: discover the set again") from error
-        return cls(directions, generator=checkpoint.config.get("generator"))
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{path} describes no directions ({error}): discover the set again"
+            ) from error
+        return cls(directions, generator=saved.generator)
+
+    @classmethod
+    def joined(cls, sets: Iterable["Directions"]) -> "Directions":
+        """Several sets of one generator as one, in their order.
+
+        Raises DirectionError where two of them name different generators, hold the same name, or differ in
+        shape.
+        """
+        sets = list(sets)
+        generators = {found.generator for found in sets} - {None}
+        if len(generators) > 1:
+            raise DirectionError(
+                "these sets were discovered in different generators: join those of one generator"
+            )
+        directions = [direction for found in sets for direction in found.values()]
+        return cls(directions, generator=next(iter(generators), None))
 
 
 def combine(
@@ -222,6 +267,17 @@ def combine(
     space: Space = "w" if all(d.space == "w" and d.layers is None for d, _ in pairs) else "w+"
     text = " + ".join(f"{strength:g} {direction.name}" for direction, strength in pairs)
     return Direction(name, vector, space=space, description=description or text)
+
+
+def parse_edit(text: str) -> tuple[str, float | None]:
+    """'gender=1.5' -> ('gender', 1.5); 'gender' -> ('gender', None)."""
+    name, equals, strength = text.partition("=")
+    name = name.strip()
+    if not name:
+        raise DirectionError(
+            f"the edit {text!r} names no direction, expected NAME=STRENGTH such as gender=1.5"
+        )
+    return name, check_strength(strength, name) if equals else None
 
 
 def check_strength(strength: object, name: str = "the direction") -> float:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mambastyle import checkpoints, published
+from mambastyle.models.mamba_st import MambaST
 from mambastyle.models.mambastyle import Encoder, Fuser
+from mambastyle.models.samam import SaMam
 from mambastyle.models.stylegan2 import Generator
 from mambastyle.published.directions import NUM_WS, StyleClipGlobal
 from mambastyle.published.unpickler import PublishedError
@@ -36,8 +38,9 @@ def convert(
     """Read a published file and write it as a checkpoint of ours. Errors as of `published.load`.
 
     A StyleGAN2 becomes the "stylegan2" that training and the facade read, an encoder or fuser a "mambastyle",
-    directions "directions". All others keep their kind and their published names, less what nobody reads, so
-    that `published.load` reads the new file as it read the old one.
+    SaMam and Mamba-ST what `mambastyle.load` makes a Stylizer of, directions "directions". All others keep
+    their kind and their published names, less what nobody reads, so that `published.load` reads the new file
+    as it read the old one.
     """
     found = published.recognise(path, kind=kind, backbone=backbone, num_ws=num_ws)
     card = {"source": Path(path).name, "source_sha256": _sha256(path), "published_kind": found.kind}
@@ -57,6 +60,8 @@ def convert(
         part = type(network).__name__.lower()
         config = network.config
         tensors = {f"{part}.{name}": tensor for name, tensor in network.state_dict().items()}
+    elif isinstance(network, SaMam | MambaST):
+        ours, config, tensors = found.kind, network.config, network.state_dict()
     else:
         ours = found.kind
         unread = [re.compile(rule) for rule in entry.ignore]

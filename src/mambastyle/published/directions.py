@@ -19,7 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mambastyle.latents.directions import Direction, Directions
-from mambastyle.models.stylegan2 import Generator, SynthesisBlock
+from mambastyle.latents.text import style_affines
+from mambastyle.models.stylegan2 import Generator
 from mambastyle.published.reader import tensors_in
 from mambastyle.published.unpickler import PublishedError, StoredTensor
 
@@ -122,13 +123,7 @@ class StyleClipGlobal:
         random = torch.Generator().manual_seed(0)
         w = generator.mapping.w(torch.randn(samples, config.z_dim, generator=random))
         moved = self.styles(text, threshold)
-        affines = [
-            layer.affine
-            for block in generator.synthesis.blocks
-            if isinstance(block, SynthesisBlock)
-            for layer in (block.conv0, block.conv1)
-            if layer is not None
-        ]
+        affines = style_affines(generator)
         widths = [affine.weight.shape[0] for affine in affines]
         if sum(widths) != len(moved):
             raise ValueError(
