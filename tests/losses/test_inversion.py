@@ -78,6 +78,20 @@ def test_the_feature_gap_is_what_has_to_be_added_and_has_no_gradient():
     assert inversion.feature(gap, gap).item() == 0
 
 
+def test_a_composite_keeps_what_an_edit_leaves_adds_what_is_small_and_takes_what_is_large():
+    image, plain = picture(2, 3, 8, 48) * 0.5, picture(2, 3, 8, 48, seed=1) * 0.2
+    moved = plain.clone()
+    moved[..., 16:32] += 0.05
+    moved[..., 32:] += 0.6
+    found = inversion.composite(image, plain.requires_grad_(), moved)
+    assert not found.requires_grad
+    torch.testing.assert_close(found[..., :12], image[..., :12])
+    torch.testing.assert_close(found[..., 36:], moved[..., 36:].detach())
+    # A fifth of what counts as a full change: a fifth of the old picture gives way, and the change is added.
+    middle = image + 0.05 + 0.2 * (plain - image)
+    torch.testing.assert_close(found[..., 20:28], middle[..., 20:28].detach())
+
+
 def test_total_variation_of_a_ramp_is_its_slope():
     ramp = torch.arange(6.0).expand(2, 3, 4, 6)
     assert inversion.total_variation(ramp).item() == pytest.approx(1.0)

@@ -29,6 +29,7 @@ def test_values_defaults_and_overrides(run_file):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ({"name.first": 1}, "cannot set name.first, since name is 'a' there"),
         ({"stpes": 4}, "unknown key stpes: did you mean steps?"),
         ({"inner.rat": 4}, "unknown key inner.rat: did you mean rate?"),
         ({"steps": "many"}, "steps: Input should be a valid integer"),
@@ -49,3 +50,17 @@ def test_files_that_are_no_run_files(tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [1\n")
     with pytest.raises(ValueError, match="not valid YAML"):
         read_run_file(tmp_path / "bad.yaml", Outer)
+
+
+def test_a_run_file_over_another_states_what_differs(tmp_path):
+    (tmp_path / "base.yaml").write_text("name: a\nsteps: 3\nbatch: 2\ninner: {rate: 0.5}\n")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "run.yaml").write_text("extends: ../base.yaml\nname: b\n")
+    config = read_run_file(tmp_path / "deep" / "run.yaml", Outer, {"steps": 4})
+    assert (config.name, config.steps, config.batch, config.inner.rate) == ("b", 4, 2, 0.5)
+    (tmp_path / "base.yaml").write_text("extends: deep/run.yaml\n")
+    with pytest.raises(ValueError, match="extends itself"):
+        read_run_file(tmp_path / "base.yaml", Outer)
+    (tmp_path / "deep" / "run.yaml").write_text("extends: none.yaml\n")
+    with pytest.raises(ValueError, match=r"no run file at .*none\.yaml \(which .*run\.yaml extends\)"):
+        read_run_file(tmp_path / "deep" / "run.yaml", Outer)

@@ -11,7 +11,9 @@ from PIL import Image
 from mambastyle import checkpoints
 from mambastyle.models.stylegan2 import Generator, StyleGAN2Config
 from mambastyle.training.augment import AdaptiveProbability, augment
-from mambastyle.training.gan import GANConfig, run
+from mambastyle.training.config import read_run_file
+from mambastyle.training.gan import GANConfig, GANTask, run
+from mambastyle.training.random import StepRandom
 
 MODEL = {
     "resolution": 32,
@@ -70,6 +72,44 @@ def test_resumes_exactly_and_exports_a_generator(settings):
         assert f'"{term}"' in log
     assert (whole / "samples" / "step-00000006.png").is_file()
     assert generator.mapping.w_avg.abs().sum() > 0
+
+
+def test_reconstructs_a_share_of_the_pictures_and_resumes_exactly(settings):
+    settings |= {"reconstruction": {"share": 0.5, "perceptual": 0.0, "l2": 50.0}, "steps": 4, "log_every": 1}
+    whole = run(GANConfig(**(settings | {"checkpoint_every": 2})))
+    run(GANConfig(**(settings | {"name": "again", "steps": 2})))
+    again = run(GANConfig(**(settings | {"name": "again"})))
+    first, second = (checkpoints.load(folder / "generator.safetensors") for folder in (whole, again))
+    assert any(name.startswith("encoder.") for name in first.tensors)
+    for name, tensor in first.tensors.items():
+        assert torch.equal(tensor, second.tensors[name]), name
+
+
+def test_reconstruction_teaches_generator_and_encoder_the_pictures(settings):
+    settings |= {"reconstruction": {"share": 0.5, "perceptual": 0.0, "l2": 10.0}, "data": settings["data"]}
+    task = GANTask(GANConfig(**settings), torch.device("cpu"))
+    discriminators, generator = task.players
+    random = StepRandom(0, 1, 4)
+    discriminators.terms(random)
+    terms = generator.terms(random)
+    assert {"l2", "divergence", "g_adversarial"} <= set(terms)
+    terms["l2"].backward()
+    assert task.encoder is not None
+    for module in (task.encoder, task.generator.synthesis, task.generator.mapping):
+        assert any(p.grad is not None and p.grad.abs().any() for p in module.parameters())
+
+
+def test_a_perceptual_reconstruction_without_its_network_is_an_error(settings):
+    with pytest.raises(ValueError, match="needs SqueezeNet"):
+        run(GANConfig(**(settings | {"reconstruction": {"share": 0.5}})))
+
+
+@pytest.mark.parametrize(("name", "share", "fit"), [("-1", 0.75, False), ("", 0.5, True)])
+def test_the_recipes_are_valid(name, share, fit, request):
+    config = read_run_file(request.config.rootpath / "recipes" / f"gan-kaokore64{name}.yaml", GANConfig)
+    assert config.name == f"gan-kaokore64{name}"
+    assert (config.reconstruction.share, config.reconstruction.fit_prior) == (share, fit)
+    assert (config.start is not None) == fit
 
 
 def test_starts_from_a_checkpoint(settings):

@@ -7,11 +7,12 @@ import torch
 
 from mambastyle import checkpoints, images
 from mambastyle.models.mamba_st import MambaST, MambaSTConfig
-from mambastyle.models.samam import SAMAM_SMALL, SaMam, SaMamConfig
+from mambastyle.models.samam import SaMam, SaMamConfig
 from mambastyle.training.config import check, read_run_file
 from mambastyle.training.loop import find_checkpoints, train
 from mambastyle.training.random import StepRandom
 from mambastyle.training.style_transfer import (
+    CONFIGS,
     StyleTransferConfig,
     StyleTransferTask,
     crops,
@@ -189,12 +190,29 @@ def test_a_run_resumes_exactly_and_exports_what_loads(packs, network, tmp_path):
     assert json.loads((tmp_path / "parts" / "log.jsonl").read_text().splitlines()[-1])["step"] == 4
 
 
-@pytest.mark.parametrize("name", ["samam-small", "mamba-st-small"])
-def test_the_recipes_are_valid(name, request):
+@pytest.mark.usefixtures("_judge")
+def test_a_run_starts_from_a_checkpoint_of_its_own_sizes(packs, tmp_path):
+    first = make_task(packs)
+    card = {"step": 0}
+    first.export({"model": first.model}, tmp_path, card)
+    start = str(tmp_path / "samam.safetensors")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        second = StyleTransferTask(make_config(packs, start=start), CPU)
+    for name, value in first.model.state_dict().items():
+        assert torch.equal(value, second.model.state_dict()[name]), name
+    with pytest.raises(ValueError, match="other sizes"):
+        make_task(packs, start=start, model=MODELS["samam"] | {"dim": 20})
+
+
+@pytest.mark.parametrize("stage", ["-1", "-2", ""])
+@pytest.mark.parametrize("network", ["samam", "mamba-st"])
+def test_the_recipes_are_valid(network, stage, request):
+    name = f"{network}-small{stage}"
     config = read_run_file(request.config.rootpath / "recipes" / f"{name}.yaml", StyleTransferConfig)
-    assert config.name == name
-    assert config.network == name.removesuffix("-small")
-    assert (config.model == SAMAM_SMALL) == (config.network == "samam")
+    assert (config.name, config.network) == (name, network)
+    assert config.model == CONFIGS[network]["small"]
+    assert (config.start is None) == (stage == "-1")
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,12 @@ The reconstruction terms compare a picture with its inversion; the edit terms ho
 generator itself makes of it. Which of them count, and how much, is the run file's business.
 """
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from mambastyle import images
 from mambastyle.losses import reconstruction
 from mambastyle.losses.reconstruction import Maps
 
@@ -77,6 +79,25 @@ def feature_gap(
     The published target is `wanted` alone, although F is added to `rendered`. A target has no gradient.
     """
     return (wanted - rendered).detach()
+
+
+@torch.no_grad()
+def composite(
+    image: Float[Tensor, "batch 3 height width"],
+    plain: Float[Tensor, "batch 3 height width"],
+    moved: Float[Tensor, "batch 3 height width"],
+    full_change: float = 0.25,
+) -> Float[Tensor, "batch 3 height width"]:
+    """What an edit of a real picture should look like, from `plain` = G(w) and `moved` = G(w + d).
+
+    Where the edit leaves G's picture alone the picture stays; where it changes little the change is added;
+    where it changes G's picture by `full_change` (on [-1, 1], the mean over channels, blurred) or more, G's
+    edited picture takes the place: what was there before would show through it. In [-1, 1], no gradient.
+    """
+    plain, moved = plain.clamp(-1, 1), moved.clamp(-1, 1)
+    change = images.blur((moved - plain).abs().mean(1, keepdim=True), max(image.shape[-2] / 32, 0.5))
+    taken = (change / full_change).clamp(0, 1)
+    return (image + (moved - plain) + taken * (plain - image)).clamp(-1, 1)
 
 
 def total_variation(rendered: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, ""]:

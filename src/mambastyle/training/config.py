@@ -46,23 +46,55 @@ Run = TypeVar("Run", bound=BaseModel)
 def read_run_file(
     path: str | os.PathLike[str], schema: type[Run], overrides: dict[str, Any] | None = None
 ) -> Run:
-    """Read a run file, apply overrides ({"optimizer.lr": 1e-3}), check it; ValueError with the remedy."""
+    """Read a run file, apply overrides ({"optimizer.lr": 1e-3}), check it; ValueError with the remedy.
+
+    A file that says `extends: OTHER.yaml` (a path beside it) states only what differs from the other: its
+    settings go over those of OTHER, sections key by key.
+    """
     path = Path(path)
+    values = _read(path)
+    for dotted, value in (overrides or {}).items():
+        node = values
+        *parents, last = dotted.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ValueError(
+                    f"{path}: cannot set {dotted}, since {parent} is {node!r} there: set {parent} to a whole "
+                    f"section, such as -s '{parent}={{base: {node}, {last}: {value}}}'"
+                )
+        node[last] = value
+    return check(values, schema, str(path))
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping of a run file, over that of the file it extends."""
     if not path.is_file():
-        raise ValueError(f"no run file at {path}: recipes/ has one for each preset")
+        asked = f" (which {seen[-1]} extends)" if seen else ": recipes/ has one for each preset"
+        raise ValueError(f"no run file at {path}{asked}")
+    if path.resolve() in [other.resolve() for other in seen]:
+        raise ValueError(f"{path} extends itself: {' -> '.join(str(part) for part in (*seen, path))}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping of settings at the top, got {type(values).__name__}")
-    for dotted, value in (overrides or {}).items():
-        node = values
-        *parents, last = dotted.split(".")
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return check(values, schema, str(path))
+    if "extends" not in values:
+        return values
+    other = values.pop("extends")
+    if not isinstance(other, str):
+        raise ValueError(f"{path}: extends is {other!r}, expected the path of another run file")
+    return _over(_read(path.parent / other, (*seen, path)), values)
+
+
+def _over(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`changes` over `base`: sections key by key, anything else whole."""
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _over(base[key], value) if both else value
+    return merged
 
 
 def check(values: dict[str, Any], schema: type[Run], where: str) -> Run:

@@ -41,7 +41,7 @@ def discover(
     """
     if method not in ("pca", "boundary", "both"):
         raise ValueError(f"expected the method pca, boundary or both, got {method!r}")
-    generator_path, features_path = _files(model)
+    generator_path, features_path = find_files(model)
     features_path = features_path if classifier is None else Path(classifier)
     checkpoint = checkpoints.load(generator_path, kind="stylegan2")
     generator = Generator.from_checkpoint(checkpoint).to(device)
@@ -72,13 +72,13 @@ def discover(
     )
 
 
-def _files(model: str | Path) -> tuple[Path, Path | None]:
+def find_files(model: str | Path) -> tuple[Path, Path | None]:
     """The generator and the classifier of a model that need not have an inverter yet."""
     path = PRESETS[str(model)].folder if str(model) in PRESETS else Path(model).expanduser()
     if path.is_file() and checkpoints.read_header(path).kind == "stylegan2":
         features = path.with_name("features.safetensors")
         return path, features if features.is_file() else None
     if path.is_dir() and (path / "generator.safetensors").is_file():
-        return _files(path / "generator.safetensors")
+        return find_files(path / "generator.safetensors")
     files = find_model(model)
     return files.generator, files.features

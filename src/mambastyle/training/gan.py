@@ -22,11 +22,12 @@ from torch.nn.utils.parametrizations import spectral_norm
 from mambastyle import checkpoints
 from mambastyle.data.packs import from_bytes, open_pack
 from mambastyle.features.squeezenet import CHANNELS, SqueezeNetFeatures
-from mambastyle.losses import adversarial
+from mambastyle.losses import adversarial, reconstruction
 from mambastyle.models.stylegan2 import Discriminator, Generator, StyleGAN2Config, mix_styles
 from mambastyle.ops.resample import blur
 from mambastyle.training.augment import AdaptiveProbability, augment
 from mambastyle.training.config import RunConfig, Section
+from mambastyle.training.latent_encoder import LatentEncoder, fit_prior
 from mambastyle.training.loop import Player, Terms, process_mean, train
 from mambastyle.training.random import StepRandom
 
@@ -55,6 +56,25 @@ class ProjectedSection(Section):
     learning_rate: float = 0.0002
 
 
+class ReconstructionSection(Section):
+    """A share of the pictures are not drawn but reconstructed, from a z that an encoder finds; share 0: none.
+
+    Not in StyleGAN2 (see `latent_encoder`). The discriminators see these pictures like all others.
+    """
+
+    share: float = Field(default=0.0, ge=0, lt=1)
+    l2: float = Field(default=5.0, ge=0)
+    perceptual: float = Field(default=0.5, ge=0)
+    """Weight of the distance of SqueezeNet's maps; it needs the `projected` section's network."""
+    divergence: float = Field(default=2e-4, ge=0)
+    """Weight of a nat of KL(z of the picture, standard normal)."""
+    layers: tuple[str, ...] = ("relu1", "fire2", "fire4", "fire7")
+    learning_rate: float = 0.0005
+    fit_prior: bool = False
+    """At the start of a run that goes on from a checkpoint (`start`): give the pictures' z mean 0 and
+    covariance 1, so that drawn z fall where pictures are."""
+
+
 class GANConfig(RunConfig):
     """A GAN run: model, data, losses; defaults near stylegan2-ada's `auto` for small pictures."""
 
@@ -64,6 +84,7 @@ class GANConfig(RunConfig):
     """A checkpoint to start from (fine-tuning, or going on with a committed one): its generator, and of its
     discriminators those whose shapes fit."""
     projected: ProjectedSection = ProjectedSection()
+    reconstruction: ReconstructionSection = ReconstructionSection()
     discriminator_widths: tuple[int, ...] = ()
     learning_rate: float = 0.0025
     betas: tuple[float, float] = (0.0, 0.99)
@@ -114,6 +135,11 @@ class ProjectedDiscriminator(nn.Module):
 
     scales: Tensor
 
+    @property
+    def features(self) -> nn.Module:
+        """The frozen network."""
+        return self._features[0]
+
     @torch.no_grad()
     def calibrate(self, image: Float[Tensor, "b 3 h w"]) -> None:
         """Bring every map to unit root mean square on these pictures: SqueezeNet's are tens to hundreds."""
@@ -123,7 +149,7 @@ class ProjectedDiscriminator(nn.Module):
     def _maps(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
         # Seen through a binomial filter of 7 taps: 93 % of the gradient of SqueezeNet's maps is finer than
         # 4 px (18 % of the image discriminator's) and unfiltered it drowned the faces in texture.
-        return self._features[0](blur(blur(image, padding=2), padding=1), self.layers)
+        return self.features(blur(blur(image, padding=2), padding=1), self.layers)
 
     def forward(self, image: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b n"]]:
         """Logits of every scale, one tensor each, shallow to deep."""
@@ -160,8 +186,20 @@ class GANTask:
             self.projected = ProjectedDiscriminator(features, section.layers, section.width).to(device)
             self.modules["projected"] = self.projected
             self.projected.calibrate(from_bytes(self.pictures[:64]).to(device))
+        self.encoder: LatentEncoder | None = None
+        if config.reconstruction.share:
+            if self.projected is None and config.reconstruction.perceptual:
+                raise ValueError(
+                    "reconstruction.perceptual needs SqueezeNet: give projected a weight, or set it to 0"
+                )
+            model = config.model
+            self.encoder = LatentEncoder(model.resolution, model.channels[-2::-1], model.z_dim)
+            self.modules["encoder"] = self.encoder
         if config.start is not None:
             self._start_from(checkpoints.load(config.start, kind="stylegan2"))
+            if self.encoder is not None and config.reconstruction.fit_prior:
+                batches = (from_bytes(part) for part in self.pictures.split(256))
+                fit_prior(self.generator.mapping, self.encoder, batches, torch.Generator().manual_seed(0))
         for module in self.modules.values():
             module.to(device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.averaged: dict[str, nn.Module] = {"generator": self.generator}
@@ -170,6 +208,7 @@ class GANTask:
         self.path_mean = torch.zeros((), device=device)
         self.signs: list[float] = []
         self.fake: Tensor | None = None
+        self.reconstructed: Terms = {}
         self.players = [self._discriminator_player(), self._generator_player()]
         self.sample_z = torch.randn(64, config.model.z_dim, generator=torch.Generator().manual_seed(0)).to(
             device
@@ -205,16 +244,21 @@ class GANTask:
         )
 
     def _generator_player(self) -> Player:
-        parameters = list(self.generator.parameters())
+        section = self.config.reconstruction
+        groups: list[dict[str, Any]] = [{"params": list(self.generator.parameters())}]
+        if self.encoder is not None:
+            groups.append({"params": list(self.encoder.parameters()), "lr": section.learning_rate})
+        parameters = [parameter for group in groups for parameter in group["params"]]
         every = self.config.path_length_every
         weights = {
             "g_adversarial": 1.0,
             "g_projected": self.config.projected.weight,
             "path_length": self.config.path_length_weight * max(every, 1),
+            "l2": section.l2,
+            "perceptual": section.perceptual,
+            "divergence": section.divergence,
         }
-        return Player(
-            "generator", parameters, self._adam([{"params": parameters}], every), self._g_terms, weights
-        )
+        return Player("generator", parameters, self._adam(groups, every), self._g_terms, weights)
 
     def _adam(self, groups: list[dict[str, Any]], lazy_every: int) -> torch.optim.Adam:
         # Lazy regularisation (StyleGAN2, appendix B): the moments see one more gradient per `lazy_every`.
@@ -246,13 +290,18 @@ class GANTask:
         return mix_styles(ws, other, torch.where(mixes, cutoff, num_ws))
 
     def _d_terms(self, random: StepRandom) -> Terms:
-        _requires_grad(self.modules, "generator", "discriminator", "projected")
+        _requires_grad(self.modules, *self.modules)
         ws = self._ws(random, "z", random.local_batch)
+        pictures = self._real(random)
+        if self.encoder is not None:
+            ws = self._reconstruct(self.encoder, pictures, ws, random)
         rendered = self.generator.synthesis(ws, noise="random", generator=random.stream("noise"))
+        if self.encoder is not None:
+            self._compare(rendered, pictures)
         self.fake = rendered  # the generator's turn goes on with the same pictures: one rendering saved
         p = self.probability.value
         fake = augment(rendered.detach(), p, random.stream("augment fake"))
-        real = augment(self._real(random), p, random.stream("augment real"))
+        real = augment(pictures, p, random.stream("augment real"))
         regularise = self.config.r1_every > 0 and random.step % self.config.r1_every == 0
         real.requires_grad_(regularise)
         both = torch.cat([fake, real]).contiguous(memory_format=torch.channels_last)
@@ -273,8 +322,33 @@ class GANTask:
             self.signs = []
         return terms
 
+    def _reconstruct(
+        self, encoder: LatentEncoder, pictures: Tensor, ws: Tensor, random: StepRandom
+    ) -> Float[Tensor, "b num_ws w_dim"]:
+        """Put the latents of the first pictures in the place of drawn ones."""
+        count = round(len(pictures) * self.config.reconstruction.share)
+        found = encoder(pictures[:count])
+        self.reconstructed = {"divergence": found.divergence()}
+        z = found.sample(random.normal("z of pictures", self.config.model.z_dim)[:count])
+        own = self.generator.mapping.w(z)[:, None].expand(-1, ws.shape[1], -1)
+        return torch.cat([own, ws[count:]])
+
+    def _compare(self, rendered: Tensor, pictures: Tensor) -> None:
+        """The terms of the reconstructions, which the generator's turn takes."""
+        section = self.config.reconstruction
+        count = round(len(pictures) * section.share)
+        ours, theirs = rendered[:count].float(), pictures[:count]
+        self.reconstructed["l2"] = reconstruction.l2(ours, theirs)
+        if section.perceptual and self.projected is not None:
+            squeezenet = self.projected.features
+            with torch.no_grad():
+                target = squeezenet(theirs, section.layers)
+            self.reconstructed["perceptual"] = reconstruction.perceptual(
+                squeezenet(ours, section.layers), target
+            )
+
     def _g_terms(self, random: StepRandom) -> Terms:
-        _requires_grad(self.modules, "generator")
+        _requires_grad(self.modules, "generator", "encoder")
         if self.fake is None:
             raise AssertionError("the discriminators' turn comes first and renders the pictures")
         fake = augment(self.fake, self.probability.value, random.stream("augment g"))
@@ -283,7 +357,8 @@ class GANTask:
         if self.projected is not None:
             losses = [adversarial.hinge_generator_loss(logits) for logits in self.projected(fake)]
             terms["g_projected"] = torch.stack(losses).mean()
-        self.fake = None
+        terms |= self.reconstructed
+        self.fake, self.reconstructed = None, {}
         every = self.config.path_length_every
         due = random.step >= self.config.path_length_after
         if every and due and random.step % every == every // 2:

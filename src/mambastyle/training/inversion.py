@@ -5,29 +5,39 @@ X_e = G(w + d). Each step inverts X, edits the inversion by d, and goes back by 
 part of the batch: they have no known w, so the terms that compare with w or with X_e leave them out.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from jaxtyping import Float, UInt8
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mambastyle import checkpoints, images
 from mambastyle.data.packs import from_bytes, open_pack
-from mambastyle.features import small
-from mambastyle.features.squeezenet import SqueezeNetFeatures
+from mambastyle.files import write_whole
 from mambastyle.latents.directions import Directions
 from mambastyle.losses import inversion as losses
-from mambastyle.losses.reconstruction import Maps
-from mambastyle.models.mambastyle import KAOKORE64, Inversion, MambaStyle, MambaStyleConfig
+from mambastyle.models.mambastyle import (
+    CONFIGS,
+    FACES1024,
+    Inversion,
+    MambaStyle,
+    MambaStyleConfig,
+    variant_of,
+)
 from mambastyle.models.stylegan2 import Generator, StyleGAN2Config, mix_styles
 from mambastyle.training.config import RunConfig, Section
+from mambastyle.training.judges import Judge, JudgeSection, Term
 from mambastyle.training.loop import Player, Terms, train
 from mambastyle.training.random import StepRandom
 
-CONFIGS = {"paper": MambaStyleConfig(), "kaokore64": KAOKORE64}
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 
 def _mambastyle_config(values: Any) -> Any:
@@ -38,7 +48,7 @@ def _mambastyle_config(values: Any) -> Any:
         return CONFIGS[values]
     if isinstance(values, dict):
         values = dict(values)
-        base = checkpoints.config_to_dict(_mambastyle_config(values.pop("base", "paper")))
+        base = checkpoints.config_to_dict(_mambastyle_config(values.pop("base", "faces1024")))
         return checkpoints.config_from_dict(MambaStyleConfig, base | values)
     return values
 
@@ -72,18 +82,11 @@ class DirectionsSection(Section):
     """The share of random directions that act on a run of layers alone."""
 
 
-class JudgeSection(Section):
-    """A frozen network that compares pictures; its term has the key's name, as has its weight."""
-
-    network: Literal["squeezenet", "small"]
-    file: str | None = None
-    """squeezenet: torchvision layout, by default from the environment; small: our own checkpoint."""
-    layers: tuple[str, ...] = ()
-    """Its maps to compare; empty for all."""
-
-
 class WeightsSection(Section):
-    """Weight of every term; 0 leaves a term and what it needs out. The defaults are the published ones."""
+    """Weight of every term; 0 leaves a term and what it needs out. The defaults are the published ones.
+
+    The terms on F (feature, edit_feature) drop out of a model without a feature.
+    """
 
     l2: float = 5.0
     smooth_l1: float = 5.0
@@ -101,17 +104,26 @@ class WeightsSection(Section):
     latent: float = 0.0
     edit_l2: float = 0.0
     edit_perceptual: float = 0.0
+    # Nor is this: what an edited real picture should be is unknown, and these hold it to a composite of the
+    # picture and of what the edit does to G(w) (losses.inversion.composite). They drop out with F.
+    real_edit_l2: float = 0.0
+    real_edit_perceptual: float = 0.0
 
 
 class InversionConfig(RunConfig):
     """A MambaStyle run; defaults are the published ones where the paper or its code gives them."""
 
-    model: Annotated[MambaStyleConfig, BeforeValidator(_mambastyle_config)] = MambaStyleConfig()
+    model: Annotated[MambaStyleConfig, BeforeValidator(_mambastyle_config)] = FACES1024
+    variant: str | None = None
+    """A row of the ablation (models.mambastyle.VARIANTS), applied to the model and the weights."""
     generator: str
     """Checkpoint of the frozen generator, kind "stylegan2"."""
+    start: str | None = None
+    """A checkpoint of the same sizes to start from, perhaps trained for another generator."""
     latents: LatentsSection = LatentsSection()
     directions: DirectionsSection = DirectionsSection()
-    judges: dict[Literal["perceptual", "identity", "structure"], JudgeSection] = Field(default_factory=dict)
+    judges: dict[Term, JudgeSection] = Field(default_factory=dict)
+    """The networks behind L_perc, L_id and L_struct; a term without one is left out, and said."""
     weights: WeightsSection = WeightsSection()
 
     pack: str | None = None
@@ -120,10 +132,18 @@ class InversionConfig(RunConfig):
     """The share of each batch that is real pictures of `pack`."""
     edit_share: float = Field(default=1.0, ge=0, le=1)
     """The share of the generated pictures, and of the real ones, that are edited as well as inverted."""
+    feature_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """The share of pictures that are inverted without F: w has to carry what it can, and F only the rest.
+
+    Not in the paper, whose F of 64 px in 1024 px is coarse; at 64 px F alone can carry the whole picture,
+    and an edit of w then changes nothing.
+    """
     feature_target: Literal["encoder", "generator"] = "encoder"
     """What F is held to without an edit: H as published, or what G's activations lack."""
     edit_feature_target: Literal["gap", "generator"] = "gap"
     """With an edit: what G's activations lack, or, as published, G's activations for w_e themselves."""
+    gradient_checkpointing: bool = False
+    """Keep of encoder, fuser, generator and judges only what goes in; a third more time, much less memory."""
     l2_size: int | None = 256
     smooth_l1_sizes: tuple[int | None, ...] = (512, 768, 1024)
 
@@ -132,6 +152,18 @@ class InversionConfig(RunConfig):
     restart_steps: int = 15_000
     restart_factor: int = 2
     minimum_learning_rate: float = 1e-6
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_variant(cls, values: Any) -> Any:
+        variant = values.get("variant") if isinstance(values, dict) else None
+        if variant is None:
+            return values
+        model = variant_of(_mambastyle_config(values.get("model", "faces1024")), variant)
+        values = values | {"model": model}
+        if variant == "no-le":
+            values["weights"] = dict(values.get("weights", {})) | {"edit_consistency": 0.0}
+        return values
 
 
 class Pairs(NamedTuple):
@@ -157,17 +189,33 @@ class InversionTask:
         self.config, self.device = config, device
         source = checkpoints.load(config.generator, kind="stylegan2")
         # Where the feature enters is MambaStyle's choice.
-        self.generator = Generator.from_checkpoint(source, config.model.feature_layer).to(device)
+        layer = config.model.feature_layer if config.model.feature else 0
+        self.generator = Generator.from_checkpoint(source, layer).to(device)
         check_match(config.model, self.generator.config)
         self.model = MambaStyle(config.model).to(device)
+        if config.start is not None:
+            checkpoints.start_from(self.model, config.start, kind="mambastyle", config=config.model)
         self.modules: dict[str, nn.Module] = {"model": self.model}
         self.averaged: dict[str, nn.Module] = {"model": self.model}
         self.offsets = self._known_directions()
-        self.judges = {name: _judge(section, device) for name, section in config.judges.items()}
-        if config.weights.edit_perceptual and "perceptual" not in self.judges:
-            raise ValueError("edit_perceptual needs a judge named perceptual: add it under judges")
+        self.weights = config.weights.model_dump()
+        # A judge that no term asks for need not be there.
+        self.judges = {
+            name: Judge(name, section, device)
+            for name, section in config.judges.items()
+            if self._any(name)
+            or (name == "perceptual" and self._any("edit_perceptual", "real_edit_perceptual"))
+        }
+        for name in ("edit_perceptual", "real_edit_perceptual"):
+            if self.weights[name] and "perceptual" not in self.judges:
+                raise ValueError(f"{name} needs a judge named perceptual: add it under judges")
         self.pictures: UInt8[Tensor, "n 3 r r"] | None = None
         if config.real_share:
+            if config.model.frame is not None:
+                raise ValueError(
+                    f"real_share is {config.real_share}: packs hold squares, this model's pictures are "
+                    f"{config.model.frame}; set it to 0"
+                )
             if config.pack is None:
                 raise ValueError(
                     f"real_share is {config.real_share}: name the pictures with pack, or set it to 0"
@@ -175,7 +223,10 @@ class InversionTask:
             self.pictures = (
                 open_pack(config.pack).select(**config.select).load(self.generator.config.resolution)
             )
-        self.weights = config.weights.model_dump()
+        if absent := [name for name in get_args(Term) if self.weights[name] and name not in self.judges]:
+            logger.warning(
+                "no judge for %s, so the loss lacks them: name their networks under judges", ", ".join(absent)
+            )
         self.players = [self._player()]
 
     # ---- What a step draws
@@ -259,17 +310,21 @@ class InversionTask:
         ws, feature = self.encode(together)
         batch = len(pairs.image)
         encoded = Inversion(ws[:batch], None if feature is None else feature[:batch])
-        terms = self._inversion_terms(pairs, encoded)
+        terms = self._inversion_terms(pairs, encoded, random)
         if len(pairs.edits):
             terms |= self._edit_terms(pairs, encoded, ws[batch:])
         return {name: term for name, term in terms.items() if self.weights[name]}
 
-    def _inversion_terms(self, pairs: Pairs, encoded: Inversion) -> Terms:
+    def _inversion_terms(self, pairs: Pairs, encoded: Inversion, random: StepRandom) -> Terms:
         """d = 0: X^ = G(w^, F)."""
         config = self.config
-        inverted = self.model.edit(encoded)
+        inverted = self.edit(encoded)
         ws = inverted.ws + self.w_avg
-        rendered = self.render(ws, inverted.feature)
+        feature = inverted.feature
+        if config.feature_dropout and feature is not None:
+            kept = random.uniform("feature dropout") >= config.feature_dropout
+            feature = feature * kept[:, None, None, None]
+        rendered = self.render(ws, feature)
         terms = losses.reconstruction_terms(
             rendered, pairs.image, l2_size=config.l2_size, smooth_l1_sizes=config.smooth_l1_sizes
         )
@@ -298,10 +353,16 @@ class InversionTask:
             terms["edit_consistency"] = losses.edit_consistency(
                 before.ws[generated].float(), ws_edited.float(), direction[generated]
             )
-        if not self._any("edit_feature", "total_variation", "cycle", "edit_l2", "edit_perceptual"):
+        real = ~generated
+        composed = (
+            real.any() and self.config.model.feature and self._any("real_edit_l2", "real_edit_perceptual")
+        )
+        if not composed and not self._any(
+            "edit_feature", "total_variation", "cycle", "edit_l2", "edit_perceptual"
+        ):
             return terms
 
-        edited = self.model.edit(before, direction)
+        edited = self.edit(before, direction)
         ws = edited.ws + self.w_avg
         if self._any("edit_feature") and edited.feature is not None and generated.any():
             wanted = pairs.ws[at[generated] - pairs.real] + direction[generated]
@@ -310,35 +371,40 @@ class InversionTask:
             else:
                 target = self._features_at(wanted)
             terms["edit_feature"] = losses.feature(edited.feature[generated].float(), target)
-        if not self._any("total_variation", "cycle", "edit_l2", "edit_perceptual"):
+        if not composed and not self._any("total_variation", "cycle", "edit_l2", "edit_perceptual"):
             return terms
 
         rendered = self.render(ws, edited.feature)
+        if composed:
+            with torch.no_grad():
+                plain, moved = self.render(ws[real] - direction[real]), self.render(ws[real])
+            target = losses.composite(image[real], plain, moved)
+            if self._any("real_edit_l2"):
+                terms["real_edit_l2"] = losses.reconstruction.l2(rendered[real], target, self.config.l2_size)
+            if self._any("real_edit_perceptual"):
+                terms["real_edit_perceptual"] = self._segment(
+                    self.judges["perceptual"], rendered[real], target
+                )
         terms["total_variation"] = losses.total_variation(rendered)
         if pairs.edited is not None and self._any("edit_l2"):
             terms["edit_l2"] = losses.reconstruction.l2(
                 rendered[generated], pairs.edited, self.config.l2_size
             )
         if pairs.edited is not None and self._any("edit_perceptual"):
-            terms["edit_perceptual"] = losses.perceptual(
-                *self._maps("perceptual", rendered[generated], pairs.edited)
+            terms["edit_perceptual"] = self._segment(
+                self.judges["perceptual"], rendered[generated], pairs.edited
             )
         if self._any("cycle"):
-            returned = self.model.edit(self.encode(rendered.clamp(-1, 1)), -direction)
+            returned = self.edit(self.encode(rendered.clamp(-1, 1)), -direction)
             terms["cycle"] = losses.cycle(self.render(returned.ws + self.w_avg, returned.feature), image)
         return terms
 
     def _judge_terms(self, rendered: Tensor, image: Tensor) -> Terms:
-        terms: Terms = {}
-        distances = {
-            "perceptual": losses.perceptual,
-            "identity": losses.identity,
-            "structure": losses.structure,
+        return {
+            name: self._segment(judge, rendered, image)
+            for name, judge in self.judges.items()
+            if self._any(name)
         }
-        for name in self.judges:
-            if self._any(name):
-                terms[name] = distances[name](*self._maps(name, rendered, image))
-        return terms
 
     # ---- The networks
 
@@ -346,14 +412,41 @@ class InversionTask:
     def w_avg(self) -> Float[Tensor, " w_dim"]:
         return self.generator.mapping.w_avg
 
-    def encode(self, image: Float[Tensor, "batch 3 height width"]) -> Inversion:
-        """The encoder on pictures brought to the size that it takes."""
+    def prepare(self, image: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 side side"]:
+        """Pictures as the encoder takes them: in the bars of their frame, if they have one, and resized."""
         size = self.config.model.image_size
-        return self.model.encoder(images.resize(image, size, size))
+        if self.config.model.frame is not None:
+            image = images.pad_middle(image, max(image.shape[2:]), max(image.shape[2:]))
+        return images.resize(image, size, size)
+
+    def encode(self, image: Float[Tensor, "batch 3 height width"]) -> Inversion:
+        """The encoder on pictures of any size."""
+        return self._segment(self.model.encoder, self.prepare(image))
+
+    def edit(self, encoded: Inversion, direction: Tensor | None = None) -> Inversion:
+        """`MambaStyle.edit`; without a direction the inversion itself."""
+        return self._segment(self.model.edit, encoded, direction)
 
     def render(self, ws: Tensor, feature: Tensor | None = None) -> Float[Tensor, "batch 3 height width"]:
-        """G in float32's range, with its fixed noise: the same latents are always the same picture."""
-        return self.generator.synthesis(ws, feature, noise="const").float()
+        """G in float32's range, with its fixed noise: the same latents are always the same picture.
+
+        Of a generator that draws bars around its frame, the frame alone.
+        """
+        image = self._segment(self.generator.synthesis, ws, feature).float()
+        frame = self.config.model.frame
+        return image if frame is None else images.crop_middle(image, *frame)
+
+    def _segment(self, function: Callable[..., Result], *inputs: Any) -> Result:
+        """Call it; with gradient checkpointing, keep its inputs alone and run it again for the gradients."""
+        if not (self.config.gradient_checkpointing and torch.is_grad_enabled()):
+            return function(*inputs)
+        return checkpoint(
+            function,
+            *inputs,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), keep_statistics(self.model)),
+        )
 
     @torch.no_grad()
     def _features_at(self, ws: Tensor) -> Float[Tensor, "batch channels height width"]:
@@ -361,14 +454,6 @@ class InversionTask:
 
     def _gap(self, wanted: Tensor, rendered: Tensor) -> Float[Tensor, "batch channels height width"]:
         return losses.feature_gap(self._features_at(wanted), self._features_at(rendered.detach()))
-
-    def _maps(self, name: str, rendered: Tensor, image: Tensor) -> tuple[Maps, Maps]:
-        """What a judge sees in both, at no more than 256 px (as LPIPS is quoted)."""
-        judge = self.judges[name]  # pyright: ignore[reportArgumentType]
-        at_size = losses.reconstruction.at_size
-        with torch.no_grad():
-            target = judge(at_size(image, 256))
-        return judge(at_size(rendered, 256)), target
 
     # ---- What the loop asks for
 
@@ -395,13 +480,20 @@ class InversionTask:
         if self.pictures is not None:
             real = from_bytes(self.pictures[:9].to(self.device))
             image = torch.cat([real, image[len(real) :]])
-        size = self.config.model.image_size
-        inverted = averages["model"](images.resize(image, size, size))
+        inverted = averages["model"](self.prepare(image))
         rendered = self.render(inverted.ws + self.w_avg, inverted.feature).clamp(-1, 1)
         return torch.stack([image, rendered], 1).flatten(0, 1)
 
     def export(self, averages: Mapping[str, nn.Module], folder: Path, card: dict[str, Any]) -> None:
-        """inversion.safetensors: the averaged encoder and fuser."""
+        """inversion.safetensors, the averaged encoder and fuser, with its generator and directions beside it.
+
+        So the run's folder is a model that `mambastyle.load` and every command take.
+        """
+        beside = {"generator.safetensors": self.config.generator}
+        if self.config.directions.file is not None:
+            beside["directions.safetensors"] = self.config.directions.file
+        for name, source in beside.items():
+            write_whole(folder / name, Path(source).read_bytes())
         checkpoints.save(
             folder / "inversion.safetensors",
             averages["model"].state_dict(),
@@ -431,36 +523,38 @@ class InversionTask:
         return any(self.weights[name] for name in names)
 
 
+@contextmanager
+def keep_statistics(model: nn.Module) -> Iterator[None]:
+    """Inside, batch norms in training use their batch and leave the running statistics as they are."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+        norm.num_batches_tracked = None
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
+
+
 def check_match(model: MambaStyleConfig, generator: StyleGAN2Config) -> None:
     """ValueError unless the latents and the feature of a MambaStyle fit a generator."""
-    channels, size = generator.layer_shape(model.feature_layer)
-    wanted = (generator.num_ws, generator.w_dim, channels, size)
-    found = (model.num_ws, model.w_dim, model.feature_channels, model.feature_size)
-    names = ("num_ws", "w_dim", "feature_channels", "feature_size")
-    for name, ours, theirs in zip(names, found, wanted, strict=True):
+    pairs = [("num_ws", model.num_ws, generator.num_ws), ("w_dim", model.w_dim, generator.w_dim)]
+    where = ""
+    if model.feature:
+        channels, size = generator.layer_shape(model.feature_layer)
+        pairs += [
+            ("feature_channels", model.feature_channels, channels),
+            ("feature_size", model.feature_size, size),
+        ]
+        where = f" (feature_layer {model.feature_layer}; strides decide feature_size)"
+    for name, ours, theirs in pairs:
         if ours != theirs:
             raise ValueError(
-                f"the model's {name} is {ours}, and this generator needs {theirs} "
-                f"(feature_layer {model.feature_layer}): change the model section"
+                f"the model's {name} is {ours}, and this generator needs {theirs}{where}: "
+                "change the model section"
             )
-
-
-def _judge(section: JudgeSection, device: torch.device) -> Any:
-    """A callable from pictures to maps."""
-    if section.network == "squeezenet":
-        squeezenet = SqueezeNetFeatures(section.file).to(device)
-        return lambda image: squeezenet(image, section.layers or None)
-    if section.file is None:
-        raise ValueError(
-            "the judge of network small needs a file: train one with recipes/features-judge.yaml"
-        )
-    network = small.load(section.file).to(device)
-
-    def maps(image: Tensor) -> Maps:
-        found = network(image)
-        return {name: found[name] for name in section.layers or found}
-
-    return maps
 
 
 def run(config: InversionConfig) -> Path:

@@ -5,6 +5,7 @@ processes) -> clip -> optimiser. All randomness comes from `StepRandom(seed, ste
 interrupted and resumed gives bit for bit the weights of one that was not (on CPU, with as many threads).
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -19,11 +20,14 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from mambastyle import images
+from mambastyle.files import sync_folder, write_error, write_whole
+from mambastyle.nn.synced_norm import synchronise
 from mambastyle.training.config import RunConfig
 from mambastyle.training.random import StepRandom
 
@@ -97,18 +101,26 @@ def train(config: RunConfig, make_task: Callable[[torch.device], Task]) -> Path:
     """
     # Without cpu=True accelerate ignores torchrun on a machine without a GPU: every process for itself.
     on_cpu = not torch.accelerator.is_available()
+    # accelerate keeps the precision of a process's first run, and refuses another one to the next.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if config.precision == "bf16" else "no")
     torch.manual_seed(config.seed)
     task = make_task(accelerator.device)
     for module in task.modules.values():
         module.to(accelerator.device)
+        if accelerator.num_processes > 1:
+            synchronise(module)
     averages = {name: _average(module, config.ema_decay) for name, module in task.averaged.items()}
     folder = config.folder
     first = _resume(folder, task, averages)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-        (folder / "run.yaml").write_text(settings, encoding="utf-8")
+        write_whole(folder / "run.yaml", settings.encode())
+        _rewind_log(folder / "log.jsonl", first)
+        if first == config.steps:
+            # Killed between its last checkpoint and what follows it.
+            _export(folder, task, averages, first, config)
     writer = _tensorboard(folder) if config.tensorboard and accelerator.is_main_process else None
 
     stop = _StopRequest(config.max_minutes)
@@ -233,14 +245,29 @@ def _save(folder: Path, task: Task, averages: Mapping[str, nn.Module], step: int
     target, partial = checkpoints / f"step-{step:08d}", checkpoints / f"step-{step:08d}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    with open(partial / "state.pt", "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(partial / "state.pt", "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        # torch may answer the system's error with one of its own.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise write_error(partial / "state.pt", cause) from error
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
+    sync_folder(checkpoints)
     for old in find_checkpoints(folder)[: -config.keep_checkpoints]:
         shutil.rmtree(old)
+    _export(folder, task, averages, step, config)
+
+
+def _export(
+    folder: Path, task: Task, averages: Mapping[str, nn.Module], step: int, config: RunConfig
+) -> None:
+    """The averaged weights as checkpoints for people."""
     task.export(
         {name: _unwrap(average) for name, average in averages.items()},
         folder,
@@ -293,6 +320,18 @@ def _write_line(path: Path, values: Mapping[str, Any]) -> None:
         file.write(
             json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}) + "\n"
         )
+
+
+def _rewind_log(path: Path, step: int) -> None:
+    """Drop what the log tells of steps that a resumed run does again, and a line that a crash cut off."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + b"\n")
+    write_whole(path, b"".join(kept))
 
 
 def _tensorboard(folder: Path) -> Any:

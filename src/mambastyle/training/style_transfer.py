@@ -86,6 +86,8 @@ class StyleTransferConfig(RunConfig):
     network: Literal["samam", "mamba-st"]
     model: SaMamConfig | MambaSTConfig
     """A size by name ("paper", "small", for SaMam "patch4"), or fields that differ from `base`."""
+    start: str | None = None
+    """A checkpoint of the same network and sizes to start from (fine-tuning, or another mix of weights)."""
     pictures: PicturesSection
     judge: JudgeSection = JudgeSection()
     weights: WeightsSection = WeightsSection()
@@ -133,6 +135,8 @@ class StyleTransferTask:
     def __init__(self, config: StyleTransferConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         self.model = make_model(config.model).to(device)
+        if config.start is not None:
+            checkpoints.start_from(self.model, config.start, kind=config.network, config=config.model)
         self.modules: dict[str, nn.Module] = {"model": self.model}
         self.averaged: dict[str, nn.Module] = {"model": self.model}
         section = config.pictures
