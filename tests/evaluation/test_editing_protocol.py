@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from mambastyle.api import Inverter
 from mambastyle.evaluation import editing
 from mambastyle.evaluation.editing import Edit, changed_region, l2_outside, share_judged
-from mambastyle.evaluation.inversion import EncoderMethod, Judges
+from mambastyle.evaluation.inversion import Method
+from mambastyle.evaluation.judges import Judges
 from mambastyle.features.small import Head, SmallFeatures, SmallFeaturesConfig
-from mambastyle.latents.directions import Direction
+from mambastyle.latents.directions import Direction, Directions
 from mambastyle.models.mambastyle import MambaStyle
 from mambastyle.models.stylegan2 import Generator
 
@@ -20,10 +22,10 @@ def judge() -> SmallFeatures:
 
 
 @pytest.fixture
-def method(tiny_generator_config, tiny_mambastyle_config) -> EncoderMethod:
+def method(tiny_generator_config, tiny_mambastyle_config) -> Method:
     generator = Generator(tiny_generator_config).eval().requires_grad_(False)
     model = MambaStyle(tiny_mambastyle_config).eval().requires_grad_(False)
-    return EncoderMethod("ours", model, generator)
+    return Method("ours", Inverter(model, generator, Directions(), device="cpu"))
 
 
 def direction(name: str) -> Direction:
@@ -73,7 +75,7 @@ def test_table_holds_every_method_edit_and_strength(method, judge):
     originals = torch.rand(6, 3, 16, 16) * 2 - 1
     labels = {"gender": torch.tensor([0, 0, 0, 1, 1, 0]), "status": torch.tensor([0, 1, 0, 1, 0, 1])}
     edits = editing.standard_edits([direction("gender"), direction("noble")], ["noble"])
-    w_only = EncoderMethod("W+ only", method.model, method.generator, use_feature=False)
+    w_only = Method("W+ only", method.inverter, use_feature=False)
     table = editing.compare(
         originals, labels, [method, w_only], edits, judge, Judges(small=judge), strengths=(0.0, 1.0), batch=2
     )
@@ -85,6 +87,11 @@ def test_table_holds_every_method_edit_and_strength(method, judge):
     assert first["fd_small_originals"] == second["fd_small_originals"]
     assert first["fd_small"] != second["fd_small"]
     assert "fd_squeeze" not in table.columns
+    assert {"fd_small", "fd_small_kept", "fd_small_originals", "similarity_small"} <= set(table.columns)
+    # B against B' is what the edit adds to the inversion's own distance.
+    assert first["fd_small_kept"] != first["fd_small"]
+    assert first["similarity_small_interval"][0] <= first["similarity_small"] <= 1
+    assert set(table.figures) == {"to-female", "to-male", "to-noble"}
     assert table.rows[2]["count"] == 2  # to male: the two women
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mambastyle import checkpoints
 from mambastyle.evaluation.generator import draw, run
-from mambastyle.evaluation.inversion import Judges
+from mambastyle.evaluation.judges import Judges
 from mambastyle.models.stylegan2 import Generator, StyleGAN2Config
 
 CONFIG = StyleGAN2Config(

@@ -7,7 +7,8 @@ import torch
 
 from mambastyle.api import Inverter
 from mambastyle.evaluation import inversion
-from mambastyle.evaluation.inversion import EncoderMethod, Judges, OptimisationMethod
+from mambastyle.evaluation.inversion import Method
+from mambastyle.evaluation.judges import Judges
 from mambastyle.evaluation.table import Table
 from mambastyle.features.small import Head, SmallFeatures, SmallFeaturesConfig
 from mambastyle.latents.directions import Directions
@@ -26,6 +27,17 @@ def model(tiny_mambastyle_config) -> MambaStyle:
 
 
 @pytest.fixture
+def inverter(model, generator) -> Inverter:
+    return Inverter(model, generator, Directions(), device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def _no_squeezenet(monkeypatch) -> None:
+    """Its smallest picture is 21 px, and these are of 16."""
+    monkeypatch.delenv("MAMBASTYLE_SQUEEZENET", raising=False)
+
+
+@pytest.fixture
 def judges() -> Judges:
     config = SmallFeaturesConfig(
         resolution=16, widths=(4, 6), blocks=(1, 1), heads=(Head("gender", ("male", "female")),)
@@ -38,53 +50,87 @@ def pictures(generator) -> torch.Tensor:
     return generator(torch.randn(3, 12)).clamp(-1, 1)
 
 
-def test_encoder_method_renders_what_the_facade_renders(model, generator, pictures):
-    method = EncoderMethod("ours", model, generator)
-    inverter = Inverter(model, generator, Directions())
+def test_a_method_renders_every_picture_moved_by_an_offset(inverter, pictures):
+    method = Method("ours", inverter)
     offset = torch.randn(6, 12)
-    encoded = method.encode(pictures)
+    inverted = method.invert(pictures)
     expected = inverter.render(inverter.invert(pictures), output="tensor")
-    torch.testing.assert_close(method.render(encoded), expected, rtol=1e-4, atol=1e-5)
-    moved = method.render(encoded, offset)
-    alone = method.render(method.encode(pictures[1:2]), offset)
+    torch.testing.assert_close(method.render(inverted), expected, rtol=1e-4, atol=1e-5)
+    moved = method.render(inverted, offset)
+    alone = method.render(method.invert(pictures[1:2]), offset)
     torch.testing.assert_close(moved[1:2], alone, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(moved, expected)
 
 
-def test_w_plus_only_ignores_the_feature(model, generator, pictures):
-    method = EncoderMethod("W+ only", model, generator, use_feature=False)
-    encoded = method.encode(pictures)
-    assert encoded.feature is None
-    expected = generator.synthesis(encoded.ws + generator.mapping.w_avg).clamp(-1, 1)
-    torch.testing.assert_close(method.render(encoded), expected)
-
-
-def test_optimisation_approaches_the_picture_and_keeps_pictures_apart(generator, pictures):
-    method = OptimisationMethod("W+", generator, None, steps=60)
-    both = method.encode(pictures[:2])
-    before = inversion.metrics.l2(method.render(both._replace(ws=torch.zeros_like(both.ws))), pictures[:2])
-    assert (inversion.metrics.l2(method.render(both), pictures[:2]) < 0.3 * before).all()
-    alone = OptimisationMethod("W+", generator, None, steps=3).encode(pictures[1:2])
-    together = OptimisationMethod("W+", generator, None, steps=3).encode(pictures[:2])
-    # Adam divides by the gradient's size: a last-digit difference between batch sizes grows with every step.
-    torch.testing.assert_close(alone.ws[0], together.ws[1], rtol=1e-2, atol=1e-3)
+def test_latents_alone_ignore_the_feature(inverter, generator, pictures):
+    method = Method("latents alone", inverter, use_feature=False)
+    inverted = method.invert(pictures)
+    assert inverted.feature is None
+    expected = generator.synthesis(inverted.ws + generator.mapping.w_avg).clamp(-1, 1)
+    torch.testing.assert_close(method.render(inverted), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_table_has_a_row_per_method_and_leaves_out_what_it_cannot_measure(
-    model, generator, judges, pictures, tmp_path
+    inverter, judges, pictures, tmp_path
 ):
-    methods = [EncoderMethod("ours", model, generator), OptimisationMethod("W+", generator, None, steps=2)]
-    table = inversion.compare(pictures, methods, judges, data="random pictures", batch=2)
+    methods = [
+        Method("ours", inverter),
+        Method("mean w", inverter, "mean-w"),
+        Method("W+", inverter, "optimise", steps=2, count=2),
+    ]
+    table = inversion.compare(
+        pictures, methods, judges, data="random pictures", batch=2, names=["a", "b", "c"]
+    )
     assert "3 random pictures, 16 x 16 px" in table.title
-    assert [row["method"] for row in table.rows] == ["ours", "W+"]
+    assert [(row["method"], row["count"]) for row in table.rows] == [("ours", 3), ("mean w", 3), ("W+", 2)]
     assert "fd_squeeze" not in table.columns
-    row = table.rows[0]
+    assert "lpips" not in table.columns
+    order = ["method", "count", "l2", "fd_small", "ms_ssim", "parameters", "gmacs", "milliseconds"]
+    assert list(table.columns) == order
+    row, average, _ = table.rows
     assert row["l2_interval"][0] <= row["l2"] <= row["l2_interval"][1]
     assert row["fd_small"] > 0
     assert row["milliseconds"] > 0
+    assert average["parameters"] < row["parameters"]
+    assert average["gmacs"] < row["gmacs"]
+    # Three cases and the original beside the two methods that saw every picture.
+    assert table.figures["cases"].shape[0] == 3
     markdown, file = table.write(tmp_path / "inversion")
     assert "| ours |" in markdown.read_text()
-    assert json.loads(file.read_text())["rows"][1]["method"] == "W+"
+    assert "![cases](inversion-cases.png)" in markdown.read_text()
+    assert (tmp_path / "inversion-cases.png").is_file()
+    assert json.loads(file.read_text())["rows"][1]["method"] == "mean w"
+
+
+def test_cases_are_chosen_by_the_distance_alone():
+    originals = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 3, 64, 64) / 4
+    ranking = torch.tensor([0.3, 0.1, 0.5, 0.2, 0.4])
+    sheet = inversion.cases(originals, {"same": originals}, ranking, each=1)
+    found = []
+    for index in (1, 0, 2):  # least, median, most
+        value = float(originals[index, 0, 0, 0])
+        found.append(bool(((sheet - value).abs().amax(0) < 0.02).sum() >= 2 * 64 * 64))
+    assert found == [True, True, True]
+    assert not bool(((sheet - 0.75).abs().amax(0) < 0.02).sum() >= 64 * 64)
+
+
+def test_other_ways_use_the_first_models_generator(tiny_model_folder):
+    methods = inversion.load_methods(
+        {"ours": tiny_model_folder, "alone": tiny_model_folder},
+        w_plus_only=["alone"],
+        others=[("optimise", 5), ("pti", None), ("mean-w", None)],
+        others_count=2,
+        seed=3,
+    )
+    names = [method.name for method in methods]
+    assert names == ["ours", "alone", "W+ optimisation, 5 steps", "PTI", "mean w"]
+    assert [method.use_feature for method in methods[:2]] == [True, False]
+    assert methods[2].inverter is methods[0].inverter
+    assert [(method.steps, method.seed, method.count) for method in methods[2:]] == [
+        (5, 3, 2),
+        (None, 3, 2),
+        (None, 3, None),
+    ]
 
 
 def test_perfect_inversion_has_no_distance(judges, pictures):
@@ -94,8 +140,7 @@ def test_perfect_inversion_has_no_distance(judges, pictures):
     assert numbers["fd_small"] == pytest.approx(0, abs=1e-5)
 
 
-def test_facade_is_measured_on_anything_it_reads(model, generator, judges, pictures):
-    inverter = Inverter(model, generator, Directions())
+def test_facade_is_measured_on_anything_it_reads(inverter, judges, pictures):
     large = torch.nn.functional.interpolate(pictures, (40, 50))
     numbers = inversion.evaluate(inverter, [*large], judges)
     assert numbers["count"] == 3
@@ -106,5 +151,8 @@ def test_facade_is_measured_on_anything_it_reads(model, generator, judges, pictu
 def test_table_writes_missing_numbers_as_dashes_and_null():
     table = Table("t", {"a": "A", "b": "B"}, [{"a": 0.123456, "b": float("nan"), "c": 1}], ["note."])
     assert "| 0.1235 | – |" in table.markdown()
+    table.rows[0]["a_interval"] = [0.1, 0.2]
+    assert "| 0.1235 (0.1 to 0.2) | – |" in table.markdown()
+    del table.rows[0]["a_interval"]
     assert "- note." in table.markdown()
     assert table.to_dict()["rows"] == [{"a": 0.123456, "b": None, "c": 1}]

@@ -112,6 +112,37 @@ def test_kernel_distance_is_that_of_torchmetrics_and_seeded():
     assert metrics.kernel_distance(a, b, **few, seed=1) != metrics.kernel_distance(a, b, **few, seed=2)
 
 
+def test_normalised_kernel_distance_does_not_know_the_features_unit():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.rand(60, 8, generator=generator), torch.rand(60, 8, generator=generator) + 0.5
+    plain = metrics.kernel_distance(a, b, normalise=True)
+    assert metrics.kernel_distance(300 * a, 300 * b, normalise=True) == pytest.approx(plain, rel=1e-6)
+    scale = float(a.square().mean().sqrt())
+    assert plain == pytest.approx(metrics.kernel_distance(a / scale, b / scale), rel=1e-6)
+    assert metrics.kernel_distance(300 * a, 300 * b)[0] > 1e6 * plain[0]
+    with pytest.raises(ValueError, match="all 0"):
+        metrics.kernel_distance(torch.zeros(4, 2), b[:, :2], normalise=True)
+
+
+def test_precision_and_recall_of_sets_on_a_line():
+    # Balls of the reals: each reaches its nearest neighbour, 1 away; likewise of the fakes.
+    real = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
+    fake = torch.tensor([[0.5], [1.5], [10.0], [11.0]])
+    assert metrics.precision_recall(real, fake, neighbours=1) == (0.5, 0.75)
+    assert metrics.precision_recall(real, real) == (1.0, 1.0)
+    with pytest.raises(ValueError, match="more than 4 features in each set, got 4, 4"):
+        metrics.precision_recall(real, fake, neighbours=4)
+
+
+def test_identity_is_the_cosine_of_what_a_network_makes_of_both():
+    x = torch.zeros(3, 3, 2, 2)
+    x[:, 0] = 1
+    y = torch.zeros(3, 3, 2, 2)
+    y[0, 0], y[1, 1], y[2, 0] = 5.0, 1.0, -2.0
+    found = metrics.identity(lambda image: image.mean((2, 3)), x, y)
+    torch.testing.assert_close(found, torch.tensor([1.0, 0.0, -1.0]))
+
+
 def test_bootstrap_interval_covers_the_mean_with_the_width_of_theory():
     values = torch.randn(400, generator=torch.Generator().manual_seed(0))
     interval = metrics.bootstrap(values)
@@ -121,3 +152,53 @@ def test_bootstrap_interval_covers_the_mean_with_the_width_of_theory():
     assert metrics.bootstrap(values) == interval
     with pytest.raises(ValueError, match="no values"):
         metrics.bootstrap(torch.empty(0))
+
+
+def test_structure_distance_is_kl_of_softmaxed_cosines_and_blind_to_scale():
+    x, y = torch.randn(5, 3, 4), torch.randn(5, 3, 4)
+
+    def rows(features: torch.Tensor) -> torch.Tensor:
+        unit = torch.nn.functional.normalize(features.flatten(1), dim=0)
+        return (unit.T @ unit).softmax(1)
+
+    p, q = rows(x).double(), rows(y).double()
+    expected = float((p * (p / q).log()).sum(1).mean())
+    assert metrics.structure_distance(x, y) == pytest.approx(expected, rel=1e-4)
+    assert metrics.structure_distance(x, 3 * x) == pytest.approx(0.0, abs=1e-6)
+    with pytest.raises(ValueError, match="maps of one size"):
+        metrics.structure_distance(x, y[:, 1:])
+
+
+def test_histogram_distance_of_colours():
+    red = torch.tensor([1.0, -0.5, -0.5])[:, None, None].expand(3, 20, 30)
+    blue = red.flip(0)
+    grey = torch.zeros(3, 9, 7)
+    of_red, of_blue = metrics.colour_histogram(red), metrics.colour_histogram(blue)
+    assert float(of_red.sum()) == pytest.approx(1.0, abs=1e-5)
+    assert metrics.histogram_distance(of_red, metrics.colour_histogram(red[:, :5])) < 1e-3
+    assert metrics.histogram_distance(of_red, of_blue) > 0.7
+    # All channels equal: every plane peaks in the middle, at log-ratios 0.
+    middle = metrics.colour_histogram(grey)[0]
+    assert middle.argmax() in (31 * 64 + 31, 31 * 64 + 32, 32 * 64 + 31, 32 * 64 + 32)
+    # Hellinger's bound: nothing in common.
+    a, b = torch.zeros(3, 4, 4), torch.zeros(3, 4, 4)
+    a[0, 0, 0] = b[0, 1, 1] = 1
+    assert metrics.histogram_distance(a, b) == pytest.approx(1.0)
+
+
+def test_seam_ratio_of_steps_on_and_off_the_grid():
+    ramp = torch.linspace(-1, 1, 32).expand(1, 3, 24, 32)
+    flat = torch.zeros(1, 3, 16, 16)
+    blocks = torch.arange(3.0)[:, None].repeat_interleave(8, 0).expand(1, 3, 24, 32).clone()
+    off = torch.roll(blocks, 3, 2)
+    assert metrics.seam_ratio(ramp, 8).item() == pytest.approx(1.0, rel=1e-4)
+    assert metrics.seam_ratio(flat, 8).item() == pytest.approx(1.0)
+    assert metrics.seam_ratio(blocks, 8).item() > 1e6
+    assert metrics.seam_ratio(off, 8).item() < 1e-6
+    noise = torch.randn(2, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(metrics.seam_ratio(noise, 8), torch.ones(2), rtol=0, atol=0.03)
+    # Beside noise of 1, whose steps have the energy 2, steps of 2 along one axis: (2 + 4 + 2) / (2 + 2).
+    lifted = noise + 2 * (torch.arange(256) // 8 % 2)[:, None]
+    torch.testing.assert_close(metrics.seam_ratio(lifted, 8), torch.full((2,), 2.0), rtol=0, atol=0.06)
+    with pytest.raises(ValueError, match="patches of 2 px or more"):
+        metrics.seam_ratio(flat, 16)

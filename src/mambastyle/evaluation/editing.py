@@ -1,35 +1,30 @@
 """How well edits work: who is changed, how real it looks, and what else moved, against strength.
 
 A are originals that have an attribute, B those without it, B' is B edited to have it. The protocol of SFE and
-StyleRes, the Frechet distance of A and B', stands beside that of A and B; the judge is a classifier that
-labelled no picture for the directions and saw none of their training pictures.
+StyleRes, the Frechet distance of A and B', stands beside the one that the paper's text names, of B and B',
+and beside that of A and B; the judge is a classifier that labelled no picture for the directions and saw none
+of their training pictures.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mambastyle import images
+from mambastyle.api import Inverted
+from mambastyle.api.methods import MethodName
 from mambastyle.evaluation import metrics
-from mambastyle.evaluation.inversion import (
-    EncoderMethod,
-    Judges,
-    Method,
-    encode_all,
-    load_faces,
-    load_method,
-    render_all,
-)
+from mambastyle.evaluation.inversion import Found, Method, invert_all, load_faces, load_methods, summary
+from mambastyle.evaluation.judges import HEADINGS, Judges
 from mambastyle.evaluation.table import Table
 from mambastyle.features import small
 from mambastyle.features.small import SmallFeatures
 from mambastyle.latents.directions import Direction, Directions
-from mambastyle.models.mambastyle import Inversion
 
 # The part of a picture that may change: the pixels that the generator itself changes most.
 CHANGED = 0.3
@@ -39,10 +34,19 @@ COLUMNS = {
     "count": "N",
     "strength": "strength",
     "changed": "judged as having it",
-    "fd_squeeze": "fd_squeeze(A, B')",
-    "fd_squeeze_originals": "fd_squeeze(A, B)",
-    "fd_small": "fd_small(A, B')",
-    "fd_small_originals": "fd_small(A, B)",
+    **{
+        f"{distance}_{network}{pair}": f"{HEADINGS[f'{distance}_{network}']}({sets})"
+        for network in ("inception", "squeeze", "small")
+        for distance, pair, sets in (
+            ("fd", "", "A, B'"),
+            ("kd", "", "A, B'"),
+            ("fd", "_kept", "B, B'"),
+            ("fd", "_originals", "A, B"),
+        )
+        if network != "small" or distance == "fd"
+    },
+    "identity": HEADINGS["identity"],
+    "similarity_small": "similarity (small)",
     "l2_outside": "L2 outside the changed region",
 }
 
@@ -83,12 +87,7 @@ def changed_region(
     """
     change = (after - before).abs().mean(1, keepdim=True)
     deviation = max(before.shape[-2] / 32, 0.5)
-    radius = max(1, round(2 * deviation))
-    offsets = torch.arange(-radius, radius + 1, device=change.device, dtype=change.dtype)
-    kernel = torch.exp(-offsets.square() / (2 * deviation**2))
-    kernel = kernel / kernel.sum()
-    change = F.pad(change, [radius] * 4, mode="replicate")
-    change = F.conv2d(F.conv2d(change, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
+    change = images.blur(change, deviation, radius=max(1, round(2 * deviation)))
     threshold = change.flatten(1).quantile(1 - part, dim=1).view(-1, 1, 1, 1)
     return (change >= threshold) & (change > 0)
 
@@ -126,53 +125,62 @@ def compare(
     strengths: Sequence[float] = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0),
     data: str = "held-out pictures",
     batch: int = 32,
+    found: Mapping[str, Found] | None = None,
+    progress: bool = False,
 ) -> Table:
     """The editing table: a row per method, edit and strength.
 
+    found: what `invert_all` gave already, by a method's name.
     labels: per head of the judge the true label of each original, in the order of `judge.labels(head)`.
     Strength 0 is the inversion alone: what it changes is no merit of the edit. The region of a picture is
     that which its W+ latents, rendered without a feature, change at the largest strength, so it is the same
     for all strengths; L2 is against the original, so at strength 0 it is the inversion's.
     """
     count, _, height, width = originals.shape
-    columns = {
-        key: heading
-        for key, heading in COLUMNS.items()
-        if (judges.squeeze is not None or "squeeze" not in key)
-        and (judges.small is not None or "small" not in key)
-    }
     table = Table(
         f"Editing of {count} {data}, {height} x {width} px",
-        columns,
+        {key: heading for key, heading in COLUMNS.items() if judges.measures(key)},
         notes=[
-            "A: originals with the attribute; B: originals without it (N of them); B': B edited.",
+            "A: originals with the attribute; B: originals without it (N of them); B': B edited. The protocol"
+            " of the field is the distance of A and B'; the paper's text says B and B'.",
             "judged as having it: by a classifier that was trained on other pictures than the one behind the"
             " directions.",
+            "identity, similarity: cosine between an original and its edit in ArcFace or our small network.",
             f"changed region: the {CHANGED:.0%} of a picture's pixels that |G(w + d) - G(w)| at the largest"
             " strength, blurred, changes most.",
+            "strength 0 is the inversion alone.",
         ],
     )
     features = judges.pooled(originals)
     recall = {edit.name: _recall(judge, originals, labels, edit) for edit in edits}
+    unedited: dict[tuple[str, int], dict[str, float]] = {}  # A and B are the same for every method
     for method in methods:
-        encoded, _ = encode_all(method, originals, batch)
-        every = _concatenate(encoded)
+        part = originals[: method.count]
+        sets = {name: values[: method.count] for name, values in features.items()}
+        done = (found or {}).get(method.name)
+        encoded = (done or invert_all(method, part, batch, progress=progress)).inverted
         for edit in edits:
-            has = labels[edit.head] == _number(judge, edit.head, edit.label)
+            has = (labels[edit.head] == _number(judge, edit.head, edit.label))[: method.count]
             if not has.any() or has.all():
                 raise ValueError(f"{edit.name}: expected originals with and without {edit.label}")
-            without = _select(every, ~has, batch)
-            b = originals[~has]
-            largest = edit.direction.offset(edit.sign * max(strengths, key=abs))
-            region = _region(method, without, largest)
-            real = {
-                f"fd_{name}_originals": metrics.frechet_distance(values[has], values[~has])
-                for name, values in features.items()
-                if has.sum() > 1 and len(b) > 1
-            }
+            without = _select(encoded, ~has)
+            b = part[~has]
+            of_a = {name: values[has] for name, values in sets.items()}
+            of_b = {name: values[~has] for name, values in sets.items()}
+            comparable = min(len(b), int(has.sum())) > 1
+            if comparable and (edit.name, len(part)) not in unedited:
+                unedited[edit.name, len(part)] = judges.set_distances(of_a, of_b, "_originals")
+            region = _region(method, without, edit.direction.offset(edit.sign * max(strengths, key=abs)))
+            sheets: dict[float, Tensor] = {}
             for strength in strengths:
-                offset = edit.direction.offset(edit.sign * strength)
-                edited = render_all(method, without, offset)
+                edited = _render(method, without, edit.direction.offset(edit.sign * strength))
+                sheets[strength] = edited
+                outside = l2_outside(edited, b, region)
+                pairs = {"l2_outside": outside}
+                if judges.identity is not None:
+                    pairs["identity"] = judges.same_face(b, edited)
+                if judges.small is not None:
+                    pairs["similarity_small"] = metrics.identity(judges.small.pooled, b, edited)
                 row = {
                     "method": method.name,
                     "edit": edit.name,
@@ -180,14 +188,15 @@ def compare(
                     "strength": float(strength),
                     "changed": share_judged(judge, edited, edit.head, edit.label),
                     "judge_recall_on_originals": recall[edit.name],
-                    "l2_outside": float(l2_outside(edited, b, region).mean()),
-                    **real,
+                    **summary(pairs),
+                    **unedited.get((edit.name, len(part)), {}),
                 }
-                if has.sum() > 1 and len(b) > 1:
-                    for name, values in judges.pooled(edited).items():
-                        row[f"fd_{name}"] = metrics.frechet_distance(features[name][has], values)
-                        row[f"kd_{name}"] = metrics.kernel_distance(features[name][has], values)[0]
+                if comparable:
+                    after = judges.pooled(edited)
+                    row |= judges.set_distances(of_a, after) | judges.set_distances(of_b, after, "_kept")
                 table.rows.append(row)
+            if method is methods[0]:
+                table.figures[edit.name.replace(" ", "-")] = _strip(b, sheets, region)
     return table
 
 
@@ -200,36 +209,50 @@ def run(
     statuses: Sequence[str] = ("noble", "warrior"),
     strengths: Sequence[float] = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0),
     w_plus_only: Iterable[str] = (),
+    others: Iterable[tuple[MethodName, int | None]] = (),
+    others_count: int | None = None,
+    seed: int = 0,
     count: int | None = None,
     judges: Judges | None = None,
     device: Any = None,
+    progress: bool = False,
 ) -> Table:
     """The editing table for models on disk, on the test split of a pack with the columns gender and status.
 
-    models: name -> preset or folder. directions, judge: their files; the judge must not be the classifier
-    that labelled the pictures behind the directions. w_plus_only: names whose feature is not rendered.
+    models, w_plus_only, others, others_count: as of `inversion.load_methods`. directions, judge: their files;
+    the judge must not be the classifier that labelled the pictures behind the directions.
     """
-    methods: list[Method] = [
-        load_method(name, model, use_feature=name not in set(w_plus_only), device=device)
-        for name, model in models.items()
-    ]
+    methods = load_methods(
+        models, w_plus_only=w_plus_only, others=others, others_count=others_count, seed=seed, device=device
+    )
     network = small.load(judge)
     edits = standard_edits(list(Directions.load(directions).values()), statuses)
-    resolution = network.config.resolution
-    for method in methods:
-        if isinstance(method, EncoderMethod):
-            resolution, device = method.generator.config.resolution, method.generator.mapping.w_avg.device
-    faces, rows = load_faces(pack, resolution)
-    faces, rows = faces[:count].to(device), rows[:count]
-    labels = {
-        head: torch.tensor([network.labels(head).index(row[head]) for row in rows])
-        for head in {edit.head for edit in edits}
-    }
-    judges = (Judges.found() if judges is None else judges).to(faces.device)
+    faces, rows = load_faces(pack, methods[0].inverter.resolution)
+    faces, rows = faces[:count], rows[:count]
+    labels = true_labels(rows, network, edits)
+    judges = (Judges.found() if judges is None else judges).to(methods[0].inverter.device)
     data = f"test pictures of {Path(pack).stem}"
     return compare(
-        faces, labels, methods, edits, network.to(faces.device), judges, strengths=strengths, data=data
+        faces,
+        labels,
+        methods,
+        edits,
+        network,
+        judges,
+        strengths=strengths,
+        data=data,
+        progress=progress,
     )
+
+
+def true_labels(
+    rows: Sequence[Mapping[str, str]], judge: SmallFeatures, edits: Sequence[Edit]
+) -> dict[str, Int[Tensor, " count"]]:
+    """What the pack's rows say of each picture, in the judge's numbers, for the heads that edits ask for."""
+    return {
+        head: torch.tensor([judge.labels(head).index(row[head]) for row in rows])
+        for head in {edit.head for edit in edits}
+    }
 
 
 def _number(judge: SmallFeatures, head: str, label: str) -> int:
@@ -244,23 +267,29 @@ def _recall(judge: SmallFeatures, originals: Tensor, labels: dict[str, Tensor], 
     return share_judged(judge, originals[has], edit.head, edit.label) if has.any() else float("nan")
 
 
-def _region(method: Method, encoded: Sequence[Inversion], offset: Tensor) -> Tensor:
+def _render(method: Method, inverted: Sequence[Inverted], offset: Tensor) -> Tensor:
+    return torch.cat([method.render(part, offset) for part in inverted])
+
+
+def _region(method: Method, inverted: Sequence[Inverted], offset: Tensor) -> Tensor:
     """What W+ alone changes, picture by picture: no feature can hide or add to it."""
-    latents = [Inversion(inversion.ws, None) for inversion in encoded]
-    zero = torch.zeros_like(offset)
-    parts = [changed_region(method.render(part, zero), method.render(part, offset)) for part in latents]
-    return torch.cat(parts)
+    latents = [replace(part, feature=None) for part in inverted]
+    return torch.cat([changed_region(method.render(part), method.render(part, offset)) for part in latents])
 
 
-def _concatenate(encoded: Sequence[Inversion]) -> Inversion:
-    features = [inversion.feature for inversion in encoded if inversion.feature is not None]
-    return Inversion(
-        torch.cat([inversion.ws for inversion in encoded]), torch.cat(features) if features else None
-    )
+def _select(inverted: Sequence[Inverted], keep: Tensor) -> list[Inverted]:
+    """The kept pictures, batch by batch; batches of which none is kept are left out."""
+    flags = keep.split([len(part) for part in inverted])
+    return [part.select(flag) for part, flag in zip(inverted, flags, strict=True) if flag.any()]
 
 
-def _select(inversion: Inversion, keep: Tensor, batch: int) -> list[Inversion]:
-    """The kept pictures of one large inversion, in batches."""
-    indices = keep.nonzero()[:, 0].split(batch)
-    feature = inversion.feature
-    return [Inversion(inversion.ws[i], None if feature is None else feature[i]) for i in indices]
+def _strip(originals: Tensor, sheets: Mapping[float, Tensor], region: Tensor) -> Tensor:
+    """The pictures with least, median and most change outside their region at strength 1, by strength."""
+    strengths = sorted(sheets)
+    at = min(strengths, key=lambda strength: abs(strength - 1))
+    order = l2_outside(sheets[at], originals, region).argsort().tolist()
+    chosen = {"least": order[0], "median": order[len(order) // 2], "most": order[-1]}
+    tiles = [p[index] for index in chosen.values() for p in (originals, *(sheets[s] for s in strengths))]
+    labels = ["original", *(f"{strength:g}" for strength in strengths)]
+    scale = max(1, 128 // originals.shape[-1])
+    return images.grid(tiles, len(labels), column_labels=labels, row_labels=list(chosen), scale=scale)

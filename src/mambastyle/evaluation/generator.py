@@ -12,18 +12,28 @@ from tqdm import tqdm
 from mambastyle import checkpoints
 from mambastyle.data.packs import Pack, from_bytes, open_pack
 from mambastyle.evaluation import metrics
-from mambastyle.evaluation.inversion import Judges
+from mambastyle.evaluation.judges import HEADINGS, Judges
 from mambastyle.evaluation.table import Table
 from mambastyle.models.stylegan2 import Generator
 
 COLUMNS = {
     "name": "generator",
     "pictures": "pictures shown",
-    "fd_squeeze": "fd_squeeze",
-    "kd_squeeze": "kd_squeeze",
-    "fd_small": "fd_small",
+    "fd_inception": HEADINGS["fd_inception"],
+    "kd_inception": HEADINGS["kd_inception"],
+    "fd_squeeze": HEADINGS["fd_squeeze"],
+    "kd_squeeze": HEADINGS["kd_squeeze"],
+    "precision": "precision",
+    "recall": "recall",
+    "fd_small": HEADINGS["fd_small"],
     "milliseconds": "ms per sample",
 }
+
+_NEIGHBOURS = 3
+_NOTE = (
+    "precision, recall: Kynkäänniemi et al. 2019, 3 neighbours, in the features of the row's first distance,"
+    " on as many real pictures as samples."
+)
 
 
 def run(
@@ -55,12 +65,13 @@ def run(
         generator = Generator.from_checkpoint(checkpoint).to(device)
         size = generator.config.resolution
         if table is None:
-            table = Table(_title(opened, count, size, truncation_psi, seed), COLUMNS)
+            columns = {key: heading for key, heading in COLUMNS.items() if judges.measures(key)}
+            table = Table(_title(opened, count, size, truncation_psi, seed), columns, notes=[_NOTE])
             real = from_bytes(opened.select(split="train").load(size, progress=progress))
             held_out = from_bytes(opened.select(split="test").load(size, progress=progress))
             references = judges.pooled(real)
             row = {"name": f"{len(held_out)} held-out pictures"}
-            table.rows.append(row | _distances(judges.pooled(held_out), references, seed))
+            table.rows.append(row | _distances(judges, judges.pooled(held_out), references))
         started = time.perf_counter()
         fakes = draw(generator, count, batch, truncation_psi, seed, device, progress)
         milliseconds = 1e3 * (time.perf_counter() - started) / count
@@ -69,7 +80,7 @@ def run(
             "pictures": checkpoint.card.get("pictures"),
             "milliseconds": milliseconds,
         }
-        table.rows.append(row | _distances(judges.pooled(fakes), references, seed))
+        table.rows.append(row | _distances(judges, judges.pooled(fakes), references))
     if table is None:
         raise AssertionError("at least one generator was read")
     return table
@@ -96,12 +107,14 @@ def draw(
     return torch.cat(out)
 
 
-def _distances(fakes: dict[str, Tensor], reals: dict[str, Tensor], seed: int) -> dict[str, float]:
-    row = {f"fd_{name}": float(metrics.frechet_distance(fakes[name], reals[name])) for name in fakes}
-    if "squeeze" in fakes:
-        row["kd_squeeze"] = 1e3 * float(
-            metrics.kernel_distance(fakes["squeeze"], reals["squeeze"], seed=seed)[0]
-        )
+def _distances(judges: Judges, fakes: dict[str, Tensor], reals: dict[str, Tensor]) -> dict[str, float]:
+    row = judges.set_distances(reals, fakes)
+    # Of the best network at hand, as many reals as fakes: a manifold grows with its number of pictures.
+    name = next(iter(fakes), None)
+    if name is not None and min(len(fakes[name]), len(reals[name])) > _NEIGHBOURS:
+        some = min(len(fakes[name]), len(reals[name]))
+        found = metrics.precision_recall(reals[name][:some], fakes[name][:some], _NEIGHBOURS)
+        row |= dict(zip(("precision", "recall"), found, strict=True))
     return row
 
 

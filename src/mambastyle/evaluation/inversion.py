@@ -1,225 +1,165 @@
 """How well pictures are inverted: the protocol of the paper's table 1, left half, for any set and method.
 
-A method encodes pictures and renders what it encoded, moved by an offset or not; encoders, W+ latents alone
-and optimisation of W+ are methods. Perceptual and Frechet distances carry the name of the network that they
-were made with.
+A method is a model with one of its ways to invert (api.METHODS): encoder, W+ latents alone, optimisation,
+pivotal tuning, the average. Perceptual and Frechet distances carry the name of the network that made them.
 """
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
+from tqdm import tqdm
 
 from mambastyle import images
-from mambastyle.api import Inverter, load
+from mambastyle.api import Inverted, Inverter, load_inverter
+from mambastyle.api.methods import MethodName
 from mambastyle.data.packs import from_bytes, open_pack
 from mambastyle.evaluation import metrics
+from mambastyle.evaluation.cost import Cost, cost_of
+from mambastyle.evaluation.judges import HEADINGS, Judges
 from mambastyle.evaluation.table import Table
-from mambastyle.features import small
-from mambastyle.features.small import SmallFeatures
-from mambastyle.features.squeezenet import SqueezeNetFeatures, find_file
-from mambastyle.models.mambastyle import Inversion, MambaStyle
-from mambastyle.models.stylegan2 import Generator
-from mambastyle.presets import PRESETS
+from mambastyle.losses.reconstruction import at_size
 
 COLUMNS = {
     "method": "method",
+    "count": "N",
+    "lpips": HEADINGS["lpips"],
+    "perceptual_squeeze": HEADINGS["perceptual_squeeze"],
     "l2": "L2",
+    "fd_inception": HEADINGS["fd_inception"],
+    "fd_squeeze": HEADINGS["fd_squeeze"],
+    "kd_squeeze": HEADINGS["kd_squeeze"],
+    "fd_small": HEADINGS["fd_small"],
     "ms_ssim": "MS-SSIM",
-    "perceptual_squeeze": "perceptual (SqueezeNet)",
-    "fd_squeeze": "fd_squeeze",
-    "fd_small": "fd_small",
+    "ms_ssim_256": "MS-SSIM at 256",
+    "identity": HEADINGS["identity"],
+    "parameters": "M parameters",
+    "gmacs": "GMACs",
     "milliseconds": "ms per picture",
 }
-
-
-@runtime_checkable
-class Method(Protocol):
-    """Something that inverts pictures in [-1, 1] of the generator's size."""
-
-    name: str
-
-    def encode(self, image: Float[Tensor, "batch 3 height width"]) -> Inversion:
-        """Latents before w_avg is added, and perhaps a feature."""
-        ...
-
-    def render(
-        self, inversion: Inversion, offset: Float[Tensor, "num_ws w_dim"] | None = None
-    ) -> Float[Tensor, "batch 3 height width"]:
-        """The picture of an inversion, moved by `offset` in W+ for all pictures alike; clamped to [-1, 1]."""
-        ...
+"""The paper's order: LPIPS, L2, FID, MS-SSIM, then what it costs."""
+CASES = ("best", "median", "worst")
 
 
 @dataclasses.dataclass
-class EncoderMethod:
-    """A MambaStyle checkpoint; use_feature=False renders its latents alone (W+ only)."""
+class Method:
+    """A model and a way to invert with it, on pictures in [-1, 1] of the generator's size.
 
-    name: str
-    model: MambaStyle
-    generator: Generator
-    use_feature: bool = True
-
-    @torch.inference_mode()
-    def encode(self, image: Float[Tensor, "batch 3 height width"]) -> Inversion:
-        side = self.model.config.image_size
-        encoded = self.model.encoder(images.resize(image, side, side))
-        return encoded if self.use_feature else Inversion(encoded.ws, None)
-
-    @torch.inference_mode()
-    def render(
-        self, inversion: Inversion, offset: Float[Tensor, "num_ws w_dim"] | None = None
-    ) -> Float[Tensor, "batch 3 height width"]:
-        direction = None if offset is None else offset.to(inversion.ws).expand_as(inversion.ws)
-        branch = None
-        if direction is not None and self.model.fuser is not None and inversion.feature is not None:
-            height, width = inversion.feature.shape[-2:]
-            # One direction for all pictures: its branch runs once.
-            branch = self.model.fuser.direction_feature(direction[:1], (height, width))
-        edited = self.model.edit(inversion, direction, branch)
-        ws = edited.ws + self.generator.mapping.w_avg
-        return self.generator.synthesis(ws, feature=edited.feature).clamp(-1, 1)
-
-
-@dataclasses.dataclass
-class OptimisationMethod:
-    """W+ latents found for each picture by Adam, from w_avg (Abdal et al. 2019, arXiv:1904.03189, section 5).
-
-    Loss: L2 + perceptual_weight * perceptual distance (metrics.perceptual). The losses of a batch are
-    summed, and Adam works element by element, so a picture's latents do not depend on its neighbours. The
-    learning rate falls to zero over the last quarter of the steps by a cosine.
+    use_feature: False renders an encoder's latents alone. count: only the first so many pictures of a set,
+    for methods that take seconds a picture.
     """
 
     name: str
-    generator: Generator
-    features: SqueezeNetFeatures | None
-    steps: int = 500
-    learning_rate: float = 0.05
-    perceptual_weight: float = 1.0
+    inverter: Inverter
+    how: MethodName = "encoder"
+    steps: int | None = None
+    seed: int = 0
+    use_feature: bool = True
+    count: int | None = None
 
-    def encode(self, image: Float[Tensor, "batch 3 height width"]) -> Inversion:
-        w_avg = self.generator.mapping.w_avg
-        config = self.generator.config
-        ws = torch.zeros(len(image), config.num_ws, config.w_dim, device=image.device, requires_grad=True)
-        optimizer = torch.optim.Adam([ws], lr=self.learning_rate)
-        quarter = max(1, self.steps // 4)
-        fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, quarter)
-        with torch.enable_grad():
-            for step in range(self.steps):
-                optimizer.zero_grad()
-                rendered = self.generator.synthesis(ws + w_avg)
-                loss = metrics.l2(rendered, image)
-                if self.features is not None:
-                    distance = metrics.perceptual(self.features, rendered, image)
-                    loss = loss + self.perceptual_weight * distance
-                loss.sum().backward()
-                optimizer.step()
-                if step >= self.steps - quarter:
-                    fall.step()
-        return Inversion(ws.detach(), None)
+    def invert(self, pictures: Float[Tensor, "batch 3 height width"]) -> Inverted:
+        """The latents of a batch, and what else its rendering takes."""
+        found = self.inverter.invert(pictures, method=self.how, steps=self.steps, seed=self.seed)
+        return found if self.use_feature else dataclasses.replace(found, feature=None)
 
-    @torch.inference_mode()
     def render(
-        self, inversion: Inversion, offset: Float[Tensor, "num_ws w_dim"] | None = None
+        self, inverted: Inverted, offset: Float[Tensor, "num_ws w_dim"] | None = None
     ) -> Float[Tensor, "batch 3 height width"]:
-        ws = inversion.ws + self.generator.mapping.w_avg
-        ws = ws if offset is None else ws + offset.to(ws)
-        return self.generator.synthesis(ws).clamp(-1, 1)
+        """The pictures of an inversion, all moved by `offset` in W+; clamped to [-1, 1], on the CPU."""
+        if offset is not None:
+            inverted = dataclasses.replace(inverted, offset=inverted.offset + offset.cpu())
+        return self.inverter.render(inverted, output="tensor")
+
+    def cost(self) -> Cost:
+        """Parameters with the generator, and multiply-accumulates by the paper's rule.
+
+        As the paper counts: a method without an encoder has the generator's, one pass of it.
+        """
+        modules = cost_of(self.inverter.model.config, self.inverter.generator.config).modules
+        alone = self.how not in ("encoder", "encoder+optimise")
+        chosen = (cost for name, cost in modules.items() if not alone or name.startswith("generator"))
+        return sum(chosen, Cost())
 
 
-@dataclasses.dataclass
-class Judges:
-    """The networks that distances are made with; a metric whose network is absent is left out."""
+class Found(NamedTuple):
+    """A set inverted by a method: batches of inversions, the pictures they give, and the seconds it took."""
 
-    squeeze: SqueezeNetFeatures | None = None
-    small: SmallFeatures | None = None
-
-    @classmethod
-    def found(cls, features: str | Path | None = None) -> "Judges":
-        """SqueezeNet where MAMBASTYLE_SQUEEZENET names it, and the small network by path or of a preset."""
-        try:
-            squeeze = SqueezeNetFeatures(find_file())
-        except ValueError:
-            squeeze = None
-        packaged = [preset.folder / "features.safetensors" for preset in PRESETS.values()]
-        path = features or next((file for file in packaged if file.is_file()), None)
-        return cls(squeeze, None if path is None else small.load(path))
-
-    def to(self, device: torch.device) -> "Judges":
-        """Both on one device."""
-        for network in (self.squeeze, self.small):
-            if network is not None:
-                network.to(device)
-        return self
-
-    def pooled(self, pictures: Float[Tensor, "count 3 height width"]) -> dict[str, Tensor]:
-        """Features of a set by the suffix of their metrics: {"squeeze": (count, 512), "small": ...}."""
-        networks: dict[str, nn.Module | None] = {"squeeze": self.squeeze, "small": self.small}
-        return {
-            name: metrics.pooled_features(network, pictures)
-            for name, network in networks.items()
-            if network is not None
-        }
+    inverted: list[Inverted]
+    rendered: Float[Tensor, "count 3 height width"]
+    seconds: float
 
 
-def encode_all(
-    method: Method, pictures: Float[Tensor, "count 3 height width"], batch: int = 32
-) -> tuple[list[Inversion], float]:
-    """Encode a set batch by batch; the inversions, and seconds for encoding and rendering after a warm-up.
+def invert_all(
+    method: Method,
+    pictures: Float[Tensor, "count 3 height width"],
+    batch: int = 32,
+    *,
+    keep: bool = True,
+    progress: bool = False,
+) -> Found:
+    """Invert and render a set, or its first `method.count` pictures, batch by batch, after a warm-up.
 
     The warm-up (compiling, allocating) is one picture for an encoder; an optimiser runs long enough to need
-    none.
+    none. keep: False lets the inversions go, which for tuned generators are megabytes each.
     """
-    if not isinstance(method, OptimisationMethod):
-        method.render(method.encode(pictures[:1]))
-    encoded = []
+    pictures = pictures[: method.count]
+    if method.how == "encoder":
+        method.render(method.invert(pictures[:1]))
+    found, rendered = [], []
     _synchronise(pictures)
     started = time.perf_counter()
-    for part in pictures.split(batch):
-        inversion = method.encode(part)
-        method.render(inversion)
-        encoded.append(inversion)
+    for part in tqdm(pictures.split(batch), desc=method.name, disable=not progress, leave=False):
+        inverted = method.invert(part)
+        rendered.append(method.render(inverted))
+        found += [inverted] if keep else []
     _synchronise(pictures)
-    return encoded, time.perf_counter() - started
-
-
-def render_all(
-    method: Method, encoded: Iterable[Inversion], offset: Float[Tensor, "num_ws w_dim"] | None = None
-) -> Float[Tensor, "count 3 height width"]:
-    """The pictures of `encode_all`, moved by an offset or not."""
-    return torch.cat([method.render(inversion, offset) for inversion in encoded])
+    return Found(found, torch.cat(rendered), time.perf_counter() - started)
 
 
 @torch.no_grad()
-def distances(
+def pair_values(
     originals: Float[Tensor, "count 3 height width"],
     rendered: Float[Tensor, "count 3 height width"],
     judges: Judges,
     batch: int = 64,
+) -> dict[str, Float[Tensor, " count"]]:
+    """Every pair metric, a value per picture."""
+    parts = []
+    for a, b in zip(originals.split(batch), rendered.split(batch), strict=True):
+        found = {"l2": metrics.l2(a, b), "psnr": metrics.psnr(a, b)}
+        smallest = min(a.shape[-2:])
+        if smallest >= 11:
+            found |= {"ssim": metrics.ssim(a, b), "ms_ssim": metrics.ms_ssim(a, b)}
+        if smallest > 256:
+            found["ms_ssim_256"] = metrics.ms_ssim(at_size(a, 256), at_size(b, 256))
+        parts.append(found | judges.pair_distances(a, b))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def summary(values: Mapping[str, Float[Tensor, " count"]]) -> dict[str, Any]:
+    """Means with their 95 % bootstrap intervals."""
+    row: dict[str, Any] = {}
+    for name, value in values.items():
+        interval = metrics.bootstrap(value)
+        row |= {name: interval.mean, f"{name}_interval": [interval.low, interval.high]}
+    return row
+
+
+def distances(
+    originals: Float[Tensor, "count 3 height width"],
+    rendered: Float[Tensor, "count 3 height width"],
+    judges: Judges,
 ) -> dict[str, Any]:
-    """L2, MS-SSIM and perceptual means with their 95 % bootstrap intervals, Frechet and kernel distances."""
-    squeeze = judges.squeeze
-    pairs: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l2": metrics.l2, "psnr": metrics.psnr}
-    if min(originals.shape[-2:]) >= 11:
-        pairs["ms_ssim"] = metrics.ms_ssim
-    if squeeze is not None:
-        pairs["perceptual_squeeze"] = lambda a, b: metrics.perceptual(squeeze, a, b)
-    result: dict[str, Any] = {}
-    for name, measure in pairs.items():
-        parts = zip(originals.split(batch), rendered.split(batch), strict=True)
-        interval = metrics.bootstrap(torch.cat([measure(a, b) for a, b in parts]))
-        result[name] = interval.mean
-        result[f"{name}_interval"] = [interval.low, interval.high]
+    """Means of the pair metrics with their intervals, Frechet and kernel distances."""
+    row = summary(pair_values(originals, rendered, judges))
     if len(originals) > 1:
-        theirs = judges.pooled(rendered)
-        for name, ours in judges.pooled(originals).items():
-            result[f"fd_{name}"] = metrics.frechet_distance(ours, theirs[name])
-            result[f"kd_{name}"] = metrics.kernel_distance(ours, theirs[name])[0]
-    return result
+        row |= judges.set_distances(judges.pooled(originals), judges.pooled(rendered))
+    return row
 
 
 def compare(
@@ -229,19 +169,69 @@ def compare(
     *,
     data: str = "held-out pictures",
     batch: int = 32,
+    names: Sequence[str] | None = None,
+    found: Mapping[str, Found] | None = None,
+    progress: bool = False,
 ) -> Table:
-    """The inversion table: one row per method, all on the same pictures in [-1, 1]."""
+    """The inversion table: one row per method, all on the same pictures in [-1, 1].
+
+    names: one per picture, for the figure of the best, median and worst cases of the first method. found:
+    what `invert_all` gave already, by a method's name.
+    """
     count, _, height, width = originals.shape
     table = Table(
         f"Inversion of {count} {data}, {height} x {width} px",
-        {key: heading for key, heading in COLUMNS.items() if _measurable(key, judges)},
-        notes=_notes(height, width),
+        {key: heading for key, heading in COLUMNS.items() if judges.measures(key)},
+        notes=_notes(height, width, methods),
     )
+    if height <= 256:
+        del table.columns["ms_ssim_256"]
+    shown: dict[str, Tensor] = {}
+    ranking: Tensor | None = None
     for method in methods:
-        encoded, seconds = encode_all(method, originals, batch)
-        row = {"method": method.name, **distances(originals, render_all(method, encoded), judges)}
-        table.rows.append(row | {"milliseconds": 1000 * seconds / count})
+        part = originals[: method.count]
+        done = (found or {}).get(method.name)
+        if done is None:
+            done = invert_all(method, part, batch, keep=False, progress=progress)
+        rendered, seconds = done.rendered, done.seconds
+        values = pair_values(part, rendered, judges)
+        if ranking is None:
+            ranked_by = next(key for key in ("lpips", "perceptual_squeeze", "l2") if key in values)
+            ranking = values[ranked_by]
+        cost = method.cost()
+        row = {"method": method.name, "count": len(part), "seed": method.seed, **summary(values)}
+        if len(part) > 1:
+            row |= judges.set_distances(judges.pooled(part), judges.pooled(rendered))
+        row |= {"parameters": cost.parameters / 1e6, "gmacs": cost.paper_macs / 1e9}
+        table.rows.append(row | {"milliseconds": 1000 * seconds / len(part)})
+        if len(part) == count:
+            shown[method.name] = rendered
+    if shown and ranking is not None:
+        table.figures["cases"] = cases(originals, shown, ranking, names)
     return table
+
+
+def cases(
+    originals: Float[Tensor, "count 3 height width"],
+    rendered: Mapping[str, Float[Tensor, "count 3 height width"]],
+    ranking: Float[Tensor, " count"],
+    names: Sequence[str] | None = None,
+    each: int = 2,
+) -> Float[Tensor, "3 sheet_height sheet_width"]:
+    """The best, median and worst pictures by a distance (smallest first): a row each, a column per method."""
+    order = ranking[: len(originals)].argsort().tolist()
+    each = min(each, max(1, len(order) // 3))
+    middle = (len(order) - each) // 2
+    starts = {"best": 0, "median": middle, "worst": len(order) - each}
+    chosen = [(case, index) for case in CASES for index in order[starts[case] : starts[case] + each]]
+    tiles = [picture[index] for _, index in chosen for picture in (originals, *rendered.values())]
+    labels = [
+        f"{case} {float(ranking[index]):.3g}" + ("" if names is None else f" {names[index]}")
+        for case, index in chosen
+    ]
+    columns = ["original", *rendered]
+    scale = max(1, 128 // originals.shape[-1])
+    return images.grid(tiles, len(columns), column_labels=columns, row_labels=labels, scale=scale)
 
 
 def evaluate(inverter: Inverter, pictures: Sequence[Any], judges: Judges | None = None) -> dict[str, float]:
@@ -265,14 +255,6 @@ def evaluate(inverter: Inverter, pictures: Sequence[Any], judges: Judges | None 
     return numbers | {"milliseconds": 1000 * seconds / len(originals), "count": float(len(originals))}
 
 
-def load_method(
-    name: str, model: str | Path, *, use_feature: bool = True, device: Any = None
-) -> EncoderMethod:
-    """A method from a preset or a folder with generator.safetensors and inversion.safetensors."""
-    inverter = load(model, device=device)
-    return EncoderMethod(name, inverter.model, inverter.generator, use_feature)
-
-
 def load_faces(
     pack: str | Path, resolution: int, select: Mapping[str, str] | None = None
 ) -> tuple[Float[Tensor, "count 3 resolution resolution"], list[dict[str, str]]]:
@@ -281,57 +263,95 @@ def load_faces(
     return from_bytes(chosen.load(resolution, progress=False)), list(chosen.rows)
 
 
+def load_methods(
+    models: Mapping[str, str | Path],
+    *,
+    w_plus_only: Iterable[str] = (),
+    others: Iterable[tuple[MethodName, int | None]] = (),
+    others_count: int | None = None,
+    seed: int = 0,
+    device: Any = None,
+) -> list[Method]:
+    """The encoders of models on disk, and other ways to invert with the first of them.
+
+    models: name -> preset or folder. w_plus_only: names whose feature is not rendered. others: ways and
+    their steps (None for each one's own number), on the first `others_count` pictures.
+    """
+    alone = set(w_plus_only)
+    methods = [
+        Method(name, load_inverter(model, device=device), use_feature=name not in alone)
+        for name, model in models.items()
+    ]
+    for how, steps in others:
+        name = TITLES[how] + ("" if steps is None else f", {steps} steps")
+        count = None if how == "mean-w" else others_count
+        methods.append(Method(name, methods[0].inverter, how, steps, seed, count=count))
+    return methods
+
+
+TITLES: Mapping[MethodName, str] = {
+    "encoder": "encoder",
+    "optimise": "W+ optimisation",
+    "pti": "PTI",
+    "encoder+optimise": "encoder + optimisation",
+    "mean-w": "mean w",
+}
+"""What the ways to invert are called in tables."""
+
+
 def run(
     models: Mapping[str, str | Path],
     pack: str | Path,
     *,
     w_plus_only: Iterable[str] = (),
-    optimisation_steps: Sequence[int] = (500,),
+    others: Iterable[tuple[MethodName, int | None]] = (),
+    others_count: int | None = None,
+    seed: int = 0,
     count: int | None = None,
     batch: int = 32,
     judges: Judges | None = None,
     device: Any = None,
+    progress: bool = False,
 ) -> Table:
-    """The inversion table for models on disk on the test split of a pack, beside optimisation of W+.
+    """The inversion table for models on disk (see `load_methods`) on the test split of a pack.
 
-    models: name -> preset or folder; the first one's generator is optimised in. w_plus_only: names whose
-    feature is not rendered. count: the first so many pictures, all by default.
+    count: the first so many pictures, all by default.
     """
-    methods: list[Method] = [
-        load_method(name, model, use_feature=name not in set(w_plus_only), device=device)
-        for name, model in models.items()
+    methods = load_methods(
+        models, w_plus_only=w_plus_only, others=others, others_count=others_count, seed=seed, device=device
+    )
+    inverter = methods[0].inverter
+    judges = (Judges.found() if judges is None else judges).to(inverter.device)
+    faces, rows = load_faces(pack, inverter.resolution)
+    names = [Path(row["file"]).stem for row in rows[:count]]
+    data = f"test pictures of {Path(pack).stem}"
+    return compare(faces[:count], methods, judges, data=data, batch=batch, names=names, progress=progress)
+
+
+def _notes(height: int, width: int, methods: Sequence[Method]) -> list[str]:
+    notes = [
+        "L2: mean squared difference on [-1, 1] (on [0, 1] it is a quarter). In brackets: 95 % intervals of"
+        " the mean, bootstrap over the pictures."
     ]
-    first = methods[0]
-    if not isinstance(first, EncoderMethod):
-        raise AssertionError("load_method gives encoders")
-    generator = first.generator
-    device = generator.mapping.w_avg.device
-    judges = (Judges.found() if judges is None else judges).to(device)
-    for steps in optimisation_steps:
-        name = f"W+ optimisation, {steps} steps"
-        methods.append(OptimisationMethod(name, generator, judges.squeeze, steps=steps))
-    faces, _ = load_faces(pack, generator.config.resolution)
-    faces = faces[:count].to(device)
-    return compare(faces, methods, judges, data=f"test pictures of {Path(pack).stem}", batch=batch)
-
-
-def _measurable(column: str, judges: Judges) -> bool:
-    if column.endswith("_squeeze"):
-        return judges.squeeze is not None
-    return judges.small is not None if column.endswith("_small") else True
-
-
-def _notes(height: int, width: int) -> list[str]:
-    notes = ["L2: mean squared difference on [-1, 1] (on [0, 1] it is a quarter)."]
     if min(height, width) >= 11:
         scales = metrics.ms_ssim_scales(height, width)
         notes.append(f"MS-SSIM: RGB, Gaussian window 11, {scales} scales (more do not fit), at this size.")
-    return [
-        *notes,
+    notes += [
         "perceptual, fd_squeeze: SqueezeNet 1.0 (ImageNet), neither LPIPS nor FID; fd_small: our own"
         " network.",
-        "ms per picture: encoding and rendering, after a warm-up, on the machine of the run.",
+        "fd falls with N, so compare rows of one N; kd does not. kd's features are divided by their root mean"
+        " square.",
+        "M parameters, GMACs (the paper's rule): for one picture, with the generator; for methods without an"
+        " encoder one pass of the generator alone.",
+        "ms per picture: inverting and rendering, after a warm-up, on the machine of the run.",
     ]
+    optimising = [method for method in methods if method.how not in ("encoder", "mean-w")]
+    if optimising:
+        judge, _ = optimising[0].inverter.judge
+        notes.append(
+            f"Methods that optimise do so on {judge}: they are measured by what they were trained on."
+        )
+    return notes
 
 
 def _synchronise(pictures: Tensor) -> None:

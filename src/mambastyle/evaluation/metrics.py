@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-PERCEPTUAL_LAYERS = ("relu1", "fire2", "fire3", "fire5", "fire7", "fire9")
+from mambastyle.features.squeezenet import PERCEPTUAL_LAYERS
+
 # Scale weights of Wang et al. 2003, finest first.
 _MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
@@ -142,27 +143,134 @@ def kernel_distance(
     subsets: int = 100,
     subset_size: int = 1000,
     seed: int = 0,
+    normalise: bool = False,
 ) -> tuple[float, float]:
     """Squared maximum mean discrepancy with the kernel (x.y / features + 1)^3: mean, deviation over subsets.
 
     The unbiased estimate of KID (Binkowski et al. 2018, section 4), so it can be slightly below zero. Where a
-    set is smaller than `subset_size`, subsets have the size of the smaller set.
+    set is smaller than `subset_size`, subsets have the size of the smaller set. normalise: divide both sets
+    by the root mean square of all entries of `a`, the set compared with. Inception's features are about of
+    that size; SqueezeNet's are hundreds of times larger, and the cube of their product tells nothing.
     """
     a, b = _checked(a), _checked(b)
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"expected sets with the same features, got {a.shape[1]} and {b.shape[1]}")
+    if normalise:
+        scale = a.square().mean().sqrt()
+        if not scale:
+            raise ValueError("the features of the first set are all 0: they have no size to divide by")
+        a, b = a / scale, b / scale
     size = min(subset_size, len(a), len(b))
     generator = torch.Generator().manual_seed(seed)
-    estimates = []
-    for _ in range(subsets):
-        x = a[torch.randperm(len(a), generator=generator)[:size].to(a.device)]
-        y = b[torch.randperm(len(b), generator=generator)[:size].to(b.device)]
-        within_x, within_y, between = _kernel(x, x), _kernel(y, y), _kernel(x, y)
-        pairs = size * (size - 1)
-        estimate = (within_x.sum() - within_x.trace() + within_y.sum() - within_y.trace()) / pairs
-        estimates.append(estimate - 2 * between.mean())
-    values = torch.stack(estimates)
+    in_a, in_b = a.new_zeros(subsets, len(a)), b.new_zeros(subsets, len(b))
+    for row_a, row_b in zip(in_a, in_b, strict=True):
+        row_a[torch.randperm(len(a), generator=generator)[:size].to(a.device)] = 1
+        row_b[torch.randperm(len(b), generator=generator)[:size].to(b.device)] = 1
+    within = [
+        _subset_sums(x, x, chosen, chosen) - chosen @ (x.square().sum(1) / x.shape[1] + 1) ** 3
+        for x, chosen in ((a, in_a), (b, in_b))
+    ]
+    values = (within[0] + within[1]) / (size * (size - 1)) - 2 * _subset_sums(a, b, in_a, in_b) / size**2
     return float(values.mean()), float(values.std(correction=0))
+
+
+def structure_distance(
+    content: Float[Tensor, "channels height width"], stylized: Float[Tensor, "channels height width"]
+) -> float:
+    """CFSD (Chung et al. 2024, StyleID, section 4.2) of two maps: does what was alike stay alike?
+
+    Each position of a map is compared with all others by the cosine of their channels, softmax makes a
+    distribution of a position's row; the distance is KL(content's row || stylized's row), mean over rows
+    (published: their sum, which grows with the size). A number holds for one network, map and size.
+    """
+    if content.shape != stylized.shape:
+        raise ValueError(f"expected maps of one size, got {tuple(content.shape)}, {tuple(stylized.shape)}")
+    ours, theirs = (_unit(x[None])[0].flatten(1) for x in (stylized, content))
+    total = 0.0
+    # A picture of 512 px has rows enough for a matrix of a gigabyte: some rows at a time.
+    for some, same in zip(ours.split(1024, 1), theirs.split(1024, 1), strict=True):
+        log_ours, log_theirs = (some.T @ ours).log_softmax(1), (same.T @ theirs).log_softmax(1)
+        total += float((log_theirs.exp() * (log_theirs - log_ours)).sum())
+    return total / ours.shape[1]
+
+
+def colour_histogram(
+    image: Float[Tensor, "3 height width"], bins: int = 64, side: int = 150
+) -> Float[Tensor, "3 bins bins"]:
+    """The RGB-uv histogram of HistoGAN (Afifi et al. 2021, section 3.1), which sums to 1.
+
+    For each channel, log-ratios to the other two from -3 to 3, each pixel spread by an inverse quadratic
+    (0.02) and weighted by its intensity; pictures larger than `side` are sampled at nearest pixels.
+    """
+    height, width = image.shape[1:]
+    if max(height, width) > side:
+        image = nn.functional.interpolate(image[None], (min(height, side), min(width, side)))[0]
+    colours = ((image.float() + 1) / 2).flatten(1)  # (3, pixels)
+    intensity = colours.square().sum(0).add(1e-6).sqrt()
+    logs = colours.add(1e-6).log()
+    centres = torch.linspace(-3, 3, bins, device=image.device)
+    planes = []
+    for channel, (first, second) in enumerate(((1, 2), (0, 2), (0, 1))):
+        u, v = (
+            1 / (1 + ((logs[channel] - logs[other])[:, None] - centres).square() / 0.02**2)
+            for other in (first, second)
+        )
+        planes.append((intensity[:, None] * u).T @ v)
+    histogram = torch.stack(planes)
+    return histogram / histogram.sum()
+
+
+def histogram_distance(a: Float[Tensor, "3 bins bins"], b: Float[Tensor, "3 bins bins"]) -> float:
+    """Hellinger distance of two histograms, from 0 (equal) to 1 (nothing in common)."""
+    return float((a.sqrt() - b.sqrt()).square().sum().sqrt()) / 2**0.5
+
+
+def seam_ratio(image: Float[Tensor, "batch 3 height width"], patch: int) -> Float[Tensor, " batch"]:
+    """Squared steps from pixel to pixel across the borders of patches, over those everywhere else.
+
+    1 is a picture without seams; above it the grid of patches shows. A picture of one flat colour has 1.
+    """
+    if patch < 2 or min(image.shape[2:]) <= patch:
+        raise ValueError(f"expected patches of 2 px or more, two a side, got {patch} in {tuple(image.shape)}")
+    on, off = image.new_full((len(image),), 1e-12), image.new_full((len(image),), 1e-12)
+    for axis in (2, 3):
+        energy = image.float().diff(dim=axis).square().mean((1, 5 - axis))  # (batch, steps)
+        border = torch.arange(1, energy.shape[1] + 1, device=image.device) % patch == 0
+        on, off = on + energy[:, border].mean(1), off + energy[:, ~border].mean(1)
+    return on / off
+
+
+def precision_recall(
+    real: Float[Tensor, "count features"], fake: Float[Tensor, "count2 features"], neighbours: int = 3
+) -> tuple[float, float]:
+    """Share of fakes within the manifold of the reals, and of reals within that of the fakes.
+
+    Kynkäänniemi et al. 2019 (arXiv:1904.06991, equation 1): a set's manifold is the union of balls around its
+    members that reach to each one's k-th nearest neighbour in the set.
+    """
+    real, fake = _checked(real), _checked(fake)
+    if min(len(real), len(fake)) <= neighbours:
+        raise ValueError(
+            f"expected more than {neighbours} features in each set, got {len(real)}, {len(fake)}"
+        )
+    distances = torch.cdist(real, fake)
+
+    def radii(features: Tensor) -> Tensor:
+        # The nearest is the point itself.
+        return torch.cdist(features, features).kthvalue(neighbours + 1, dim=1).values
+
+    precision = (distances <= radii(real)[:, None]).any(0)
+    recall = (distances <= radii(fake)[None]).any(1)
+    return float(precision.double().mean()), float(recall.double().mean())
+
+
+def identity(
+    embed: Callable[[Tensor], Tensor],
+    image: Float[Tensor, "batch 3 height width"],
+    other: Float[Tensor, "batch 3 height width"],
+) -> Float[Tensor, " batch"]:
+    """Cosine of the angle between what a network makes of both: with ArcFace, 1 is the same face."""
+    return nn.functional.cosine_similarity(embed(image).float(), embed(other).float(), dim=1)
 
 
 def bootstrap(
@@ -206,8 +314,16 @@ def _checked(features: Tensor) -> Tensor:
     return features.double()
 
 
-def _kernel(x: Tensor, y: Tensor) -> Tensor:
-    return (x @ y.T / x.shape[1] + 1) ** 3
+def _subset_sums(x: Tensor, y: Tensor, in_x: Tensor, in_y: Tensor) -> Tensor:
+    """For each subset (a row of zeros and ones over x, and over y) the sum of the kernel over its pairs.
+
+    Every product of features is made once for all subsets, a thousand rows at a time.
+    """
+    sums = x.new_zeros(len(in_x))
+    for rows, chosen in zip(x.split(1024), in_x.split(1024, dim=1), strict=True):
+        kernel = (rows @ y.T / x.shape[1] + 1) ** 3
+        sums += ((chosen @ kernel) * in_y).sum(1)
+    return sums
 
 
 def _unit(x: Tensor) -> Tensor:
