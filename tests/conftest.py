@@ -6,11 +6,16 @@ too: the checker would speak before the code does, and the compiler cannot see t
 """
 
 import inspect
+import os
 from pathlib import Path
 
 import jaxtyping
 import pytest
 import torch
+
+# Triton reads it when it is first imported. Without a GPU its kernels are tested in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # All but the scan's kernels: Numba compiles its functions from source and takes no wrapped ones.
 CHECKED = [
@@ -30,6 +35,7 @@ CHECKED = [
     "mambastyle.ops.selective_scan.reference",
     "mambastyle.presets",
     "mambastyle.training",
+    "mambastyle.video",
 ]
 # An int is a float here, as PEP 484 has it.
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
@@ -148,3 +154,38 @@ def faces(tmp_path) -> list[Path]:
     for path in paths:
         Image.fromarray(random.integers(0, 256, (48, 40, 3), dtype=np.uint8)).save(path)
     return paths
+
+
+def save_tiny_stylizer(folder: Path, kind: str) -> Path:
+    """A folder with a network that stylizes, with random weights."""
+    from mambastyle import checkpoints
+    from mambastyle.models.mamba_st import MambaST, MambaSTConfig
+    from mambastyle.models.samam import SaMam, SaMamConfig
+
+    torch.manual_seed(0)
+    sizes = {"dim": 16, "state": 2, "patch": 4, "encoder_layers": 1, "decoder": ((8,), (8, 6), (4, 3))}
+    if kind == "samam":
+        config = SaMamConfig(**sizes, groups=1, squeeze=4, style_dim=6, embedder_steps=2)
+        network = SaMam(config)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                # As after some training: a new SaMam does not depend on the style.
+                if not parameter.any():
+                    parameter.normal_(std=0.3)
+    else:
+        config = MambaSTConfig(**sizes, decoder_layers=2)
+        network = MambaST(config)
+    checkpoints.save(folder / f"{kind}.safetensors", network.state_dict(), kind=kind, config=config)
+    return folder
+
+
+@pytest.fixture(scope="session", params=["samam", "mamba-st"])
+def tiny_stylizer_folder(request, tmp_path_factory) -> Path:
+    """A folder that `mambastyle.load` makes a Stylizer of, one for each system; do not write to it."""
+    return save_tiny_stylizer(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny_samam_folder(tmp_path_factory) -> Path:
+    """SaMam alone, for what does not depend on the system."""
+    return save_tiny_stylizer(tmp_path_factory.mktemp("samam-alone"), "samam")

@@ -287,3 +287,35 @@ def test_a_grid_holds_every_picture_enlarged():
         images.grid([torch.zeros(3, 4, 4), torch.zeros(3, 4, 5)], 2)
     with pytest.raises(ValueError, match="0 pictures"):
         images.grid([], 2)
+
+
+def test_fit_scales_down_to_the_long_side_and_never_up():
+    photo = torch.rand(2, 3, 48, 40)
+    assert images.fit(photo, 24).shape == (2, 3, 24, 20)
+    assert torch.equal(images.fit(photo, 48), photo)
+
+
+def test_blur_keeps_a_constant_and_spreads_a_point_as_a_gaussian():
+    torch.testing.assert_close(images.blur(torch.full((1, 9, 12), 0.3), 2.0), torch.full((1, 9, 12), 0.3))
+    point = torch.zeros(1, 41, 41)
+    point[0, 20, 20] = 1
+    spread = images.blur(point, 3.0)[0]
+    offsets = torch.arange(41) - 20.0
+    assert float(spread.sum()) == pytest.approx(1, abs=1e-5)
+    bell = torch.exp(-offsets.square() / 18) * (offsets.abs() <= 9)
+    torch.testing.assert_close(spread.sum(0), bell / bell.sum(), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(spread, spread.T)
+
+
+def test_a_picture_in_the_bars_of_its_frame_comes_back():
+    picture = torch.rand(3, 30, 64) * 2 - 1  # wider than 3 : 4
+    square = images.to_framed_square(picture, 384, 512)
+    assert square.shape == (3, 40, 40)
+    assert (square[:, :5] == -1).all()
+    assert (square[:, 35:] == -1).all()
+    torch.testing.assert_close(images.crop_middle(square, 30, 40), picture[:, :, 12:52])
+    assert images.to_framed_square(torch.zeros(3, 80, 40), 384, 512).shape == (3, 40, 40)
+    with pytest.raises(ValueError, match="cannot crop 8 x 8 to 9 x 4"):
+        images.crop_middle(torch.zeros(3, 8, 8), 9, 4)
+    with pytest.raises(ValueError, match="cannot pad 8 x 8 to 9 x 4"):
+        images.pad_middle(torch.zeros(3, 8, 8), 9, 4)

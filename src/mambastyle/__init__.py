@@ -3,13 +3,15 @@
 import mambastyle as ms
 inverter = ms.load("kaokore64")
 inverter.render(inverter.edit("face.png", {"gender": 1.5})).save("edited.png")
+stylizer = ms.load("samam-small")
+stylizer.stylize("photo.jpg", "painting.jpg").save("stylized.png")
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mambastyle.api import Inverted, Inverter, load
+    from mambastyle.api import Inverted, Inverter, Stylizer, StylizeWarning, load
     from mambastyle.checkpoints import CheckpointError
     from mambastyle.images import ImageError, ImageWarning
     from mambastyle.latents.directions import Direction, DirectionError, Directions
@@ -28,6 +30,8 @@ __all__ = [
     "Inversion",
     "Inverted",
     "Inverter",
+    "StylizeWarning",
+    "Stylizer",
     "__version__",
     "load",
 ]
@@ -43,6 +47,8 @@ _HOMES = {
     "Inversion": "models.mambastyle",
     "Inverted": "api",
     "Inverter": "api",
+    "StylizeWarning": "api",
+    "Stylizer": "api",
     "load": "api",
 }
 

@@ -12,7 +12,7 @@ with the hash taken over names, dtypes, shapes and bytes in the order of the nam
 | mambastyle | encoder.*, fuser.* | MambaStyleConfig |
 | directions | one (num_ws, w_dim) per name | latents.directions |
 | small-features | the small network that judges | SmallFeaturesConfig |
-| inversion | ws, feature | the models that made it |
+| inversion | ws, offset, feature, tuned.* (of PTI, a row per picture) | the model that made it |
 """
 
 import dataclasses
@@ -29,13 +29,14 @@ from typing import Any, Literal, TypeVar, Union
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mambastyle.files import write_whole
 
 FORMAT = "mambastyle"
 VERSION = 1
 Config = TypeVar("Config")
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class CheckpointError(ValueError):
@@ -174,6 +175,29 @@ def config_from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
             raise CheckpointError(f"{cls.__name__} lacks the key {name!r}, which has no default: add it")
     hints = typing.get_type_hints(cls)
     return cls(**{key: _restore(hints[key], value, f"{cls.__name__}.{key}") for key, value in values.items()})
+
+
+def fill(module: Module, tensors: Mapping[str, Tensor], path: Path) -> Module:
+    """Copy tensors (of any float type) into a module; CheckpointError unless names and shapes agree."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wrong = [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]
+    if wrong:
+        first = min(wrong)
+        raise CheckpointError(
+            f"{path} does not fit its own config in {len(wrong)} of {len(wanted)} tensors ({first}: expected "
+            f"{wanted.get(first, 'none')}, got {found.get(first, 'none')}): make it again"
+        )
+    module.load_state_dict(tensors)
+    return module
+
+
+def start_from(module: nn.Module, path: str | os.PathLike[str], *, kind: str, config: Any) -> None:
+    """Fill a module from a checkpoint whose config is `config`; ValueError for one of other sizes."""
+    checkpoint = load(path, kind=kind)
+    if config_from_dict(type(config), checkpoint.config) != config:
+        raise ValueError(f"{path}: its {kind} has other sizes than this run's model section")
+    fill(module, checkpoint.tensors, checkpoint.path)
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

@@ -90,13 +90,19 @@ def write(path: str | os.PathLike[str], image: Tensor | Image.Image, quality: in
     """
     path = Path(path)
     check_writable(path)
+    return write_whole(path, encode(image, path.suffix, quality))
+
+
+def encode(image: Tensor | Image.Image, suffix: str, quality: int = 95) -> memoryview:
+    """The file that `write` would write under a name with this suffix."""
+    check_writable(f"picture{suffix}")
     picture = to_pil(image) if isinstance(image, Tensor) else image
     buffer = io.BytesIO()
-    form = _WRITERS[path.suffix.lower()]
+    form = _WRITERS[suffix.lower()]
     # Full chroma: at 64 px JPEG's usual halving of the colours shows.
     options = {"PNG": {}, "JPEG": {"quality": quality, "subsampling": 0}, "WEBP": {"quality": quality}}[form]
     picture.save(buffer, form, **options)
-    return write_whole(path, buffer.getbuffer())
+    return buffer.getbuffer()
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -137,12 +143,66 @@ def resize(image: Tensor, height: int, width: int) -> Tensor:
     return resized.clamp(-1, 1).reshape(*image.shape[:-2], height, width)
 
 
+def fit(image: Tensor, side: int) -> Tensor:
+    """(..., 3 h w) scaled down, where it is larger, to `side` pixels on its long side."""
+    height, width = image.shape[-2:]
+    scale = side / max(height, width)
+    if scale >= 1:
+        return image
+    return resize(image, max(1, round(height * scale)), max(1, round(width * scale)))
+
+
+def blur(image: Tensor, deviation: float, radius: int | None = None) -> Tensor:
+    """(..., channels h w) through a Gaussian of so many pixels, cut at `radius` (default: three deviations).
+
+    Outside the picture its border is repeated.
+    """
+    radius = max(1, round(3 * deviation)) if radius is None else radius
+    offsets = torch.arange(-radius, radius + 1, device=image.device, dtype=image.dtype)
+    kernel = torch.exp(-offsets.square() / (2 * deviation**2))
+    kernel = kernel / kernel.sum()
+    maps = image.reshape(-1, 1, *image.shape[-2:])
+    for axis in (-2, -1):
+        shape = [1, 1, 1, 1]
+        shape[axis] = len(kernel)
+        pad = (0, 0, radius, radius) if axis == -2 else (radius, radius, 0, 0)
+        maps = F.conv2d(F.pad(maps, pad, mode="replicate"), kernel.view(shape))
+    return maps.reshape(image.shape)
+
+
 def center_crop_square(image: Tensor) -> Tensor:
     """(..., height width) -> (..., side side): the middle, with side the smaller of both."""
     height, width = image.shape[-2:]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     return image[..., top : top + side, left : left + side]
+
+
+def crop_middle(image: Tensor, height: int, width: int) -> Tensor:
+    """(..., h w) -> (..., height width): the middle, the inverse of `pad_middle`."""
+    top, left = (image.shape[-2] - height) // 2, (image.shape[-1] - width) // 2
+    if top < 0 or left < 0:
+        size = f"{image.shape[-2]} x {image.shape[-1]}"
+        raise ValueError(f"cannot crop {size} to {height} x {width}: the crop must lie inside the picture")
+    return image[..., top : top + height, left : left + width]
+
+
+def pad_middle(image: Tensor, height: int, width: int) -> Tensor:
+    """(..., h w) -> (..., height width): the picture in the middle, black around it."""
+    top, left = (height - image.shape[-2]) // 2, (width - image.shape[-1]) // 2
+    if top < 0 or left < 0:
+        size = f"{image.shape[-2]} x {image.shape[-1]}"
+        raise ValueError(f"cannot pad {size} to {height} x {width}: the picture must fit inside")
+    bottom, right = height - image.shape[-2] - top, width - image.shape[-1] - left
+    return F.pad(image, (left, right, top, bottom), value=-1.0)
+
+
+def to_framed_square(image: Tensor, height: int, width: int) -> Tensor:
+    """(..., h w) -> (..., side side): the middle in the proportions height : width, between black bars."""
+    h, w = image.shape[-2:]
+    h, w = min(h, max(round(w * height / width), 1)), min(w, max(round(h * width / height), 1))
+    side = max(h, w)
+    return pad_middle(crop_middle(image, h, w), side, side)
 
 
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:

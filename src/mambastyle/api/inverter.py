@@ -1,4 +1,4 @@
-"""The facade: load a model, invert pictures, edit what comes of it, render it.
+"""MambaStyle for callers: invert pictures, edit what comes of it, render it.
 
 inverter = mambastyle.load("kaokore64")
 inverted = inverter.invert("face.png")               # encode: Inverted, may be saved
@@ -9,28 +9,34 @@ inverter.render(edited).save("edited.png")           # fuse and synthesise: a PI
 import dataclasses
 import hashlib
 import os
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from mambastyle import checkpoints, images
+from mambastyle import checkpoints, hub, images
+from mambastyle.api.inputs import Recent, as_list, find_device, names_of
+from mambastyle.api.methods import MethodName, Search, find_judge
+from mambastyle.api.photos import edit_photo
 from mambastyle.checkpoints import Checkpoint, CheckpointError
+from mambastyle.files import write_whole
 from mambastyle.latents.directions import Directions, Edits
+from mambastyle.latents.optimise import Judge, Tuned, TunedSynthesis
 from mambastyle.models.mambastyle import Inversion, MambaStyle, MambaStyleConfig
 from mambastyle.models.stylegan2 import Generator, StyleGAN2Config
-from mambastyle.presets import find_model
+from mambastyle.presets import ModelFiles, find_model
 
 INVERSION_KIND = "inversion"
+# Before the names of a tuned generator's tensors in the file of an inversion.
+_TUNED = "tuned."
 # How many directions keep their branch of the Fuser (256 KiB each at 64 px, 8 MiB each at 1024 px).
 CACHED_DIRECTIONS = 32
-Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,6 +49,8 @@ class Inverted:
     names: one per picture, for files and lists.
     model: hash of the encoder and generator that this belongs to.
     single: whether it stands for one picture that was given alone, not in a list.
+    tuned: what the method "pti" adds to each tensor of the generator's synthesis, a row per picture; None
+        where the generator is the model's own.
     """
 
     ws: Float[Tensor, "batch num_ws w_dim"]
@@ -51,6 +59,7 @@ class Inverted:
     names: tuple[str, ...]
     model: str
     single: bool = False
+    tuned: Tuned | None = None
 
     @property
     def inversion(self) -> Inversion:
@@ -63,42 +72,44 @@ class Inverted:
     def __getitem__(self, index: int) -> "Inverted":
         """One picture of the batch."""
         index = range(len(self))[index]
-        part = slice(index, index + 1)
-        feature = None if self.feature is None else self.feature[part]
+        return dataclasses.replace(self.select(torch.tensor([index])), single=True)
+
+    def select(self, keep: Tensor) -> "Inverted":
+        """Some pictures of the batch: indices, or a mask (batch,)."""
+        indices = keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep
         return dataclasses.replace(
             self,
-            ws=self.ws[part],
-            feature=feature,
-            offset=self.offset[part],
-            names=self.names[part],
-            single=True,
+            ws=self.ws[indices],
+            feature=None if self.feature is None else self.feature[indices],
+            offset=self.offset[indices],
+            names=tuple(self.names[index] for index in indices.tolist()),
+            single=False,
+            tuned=None if self.tuned is None else {name: rows[indices] for name, rows in self.tuned.items()},
         )
 
     def __iter__(self) -> Iterator["Inverted"]:
         return (self[index] for index in range(len(self)))
 
 
-def load(
+def load_inverter(
     source: str | os.PathLike[str], *, device: str | torch.device | None = None, batch_size: int = 16
 ) -> "Inverter":
-    """Load a preset by name, or a model from a folder with generator.safetensors and inversion.safetensors.
-
-    `device` is by default the accelerator where there is one, else the CPU; `batch_size` pictures run at
-    once. Raises checkpoints.CheckpointError when something is missing, damaged, or does not belong together.
-    """
+    """As `api.load`, for models that invert alone: CheckpointError for any other."""
     files = find_model(source)
     generator_file = checkpoints.load(files.generator, kind="stylegan2")
     inversion_file = checkpoints.load(files.inversion, kind="mambastyle")
     config = checkpoints.config_from_dict(MambaStyleConfig, inversion_file.config)
     generator_config = checkpoints.config_from_dict(StyleGAN2Config, generator_file.config)
-    if config.feature_layer < generator_config.num_ws:
+    if config.feature and config.feature_layer < generator_config.num_ws:
         # Where the feature enters is MambaStyle's choice; the generator's tensors do not depend on it.
         generator_config = dataclasses.replace(generator_config, feature_layer=config.feature_layer)
     _check_match(config, generator_config, inversion_file, generator_file)
     # Building fills the weights at random before the file does: the caller's random numbers stay untouched.
     with torch.random.fork_rng():
-        generator = _fill(Generator(generator_config), generator_file.part("generator."), files.generator)
-        model = _fill(MambaStyle(config), inversion_file.tensors, files.inversion)
+        generator = checkpoints.fill(
+            Generator(generator_config), generator_file.part("generator."), files.generator
+        )
+        model = checkpoints.fill(MambaStyle(config), inversion_file.tensors, files.inversion)
     directions = Directions() if files.directions is None else Directions.load(files.directions)
     if directions.generator not in (None, generator_file.sha256):
         raise CheckpointError(
@@ -113,6 +124,8 @@ def load(
         model_hash=hashlib.sha256((generator_file.sha256 + inversion_file.sha256).encode()).hexdigest(),
         device=device,
         batch_size=batch_size,
+        features=files.features,
+        files=files,
     )
 
 
@@ -120,8 +133,8 @@ class Inverter:
     """A frozen generator with its encoder, fuser and directions.
 
     Pictures come as paths, PIL pictures, arrays or tensors (see images.read), one or a list of them, or a
-    batch tensor (batch 3 height width); each is cropped to its middle square and resized
-    to what the encoder takes.
+    batch tensor (batch 3 height width); each is cropped to its middle square and resized to what the encoder
+    takes. A model with a frame (cars: 384 x 512) takes and gives pictures in its proportions instead.
     """
 
     def __init__(
@@ -134,6 +147,8 @@ class Inverter:
         model_hash: str | None = None,
         device: str | torch.device | None = None,
         batch_size: int = 16,
+        features: Path | None = None,
+        files: ModelFiles | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected 1 or more")
@@ -145,53 +160,153 @@ class Inverter:
                     f"latents of {shape}: discover the directions in this generator"
                 )
         self.name = name
+        self.files = files
         self.batch_size = batch_size
         self.directions = directions
         self.model_hash = model_hash or checkpoints.tensors_hash(
             {f"model.{k}": t for k, t in model.state_dict().items()}
             | {f"generator.{k}": t for k, t in generator.state_dict().items()}
         )
-        self.device = _device(device)
+        self.device = find_device(device)
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.generator = generator.to(self.device).eval().requires_grad_(False)
-        self._direction_features: OrderedDict[tuple[bytes, tuple[int, int]], Tensor] = OrderedDict()
+        self.features = features
+        self._judge: tuple[str, Judge | None] | None = None
+        self._direction_features: Recent[Tensor] = Recent(CACHED_DIRECTIONS)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        download: bool = False,
+        revision: str | None = None,
+        device: str | torch.device | None = None,
+        batch_size: int = 16,
+    ) -> "Inverter":
+        """`api.load` for what `save_pretrained` wrote, or for a model of the Hugging Face hub (`owner/name`).
+
+        A hub id is taken from huggingface_hub's cache; only `download=True` reaches the network.
+        """
+        found = hub.locate(source, download=download, revision=revision)
+        return load_inverter(found, device=device, batch_size=batch_size)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the model as a folder that `load` takes and the hub keeps, with config.json and a model card.
+
+        Weights that are still those of the files it was loaded from are copied byte for byte, so that saved
+        inversions stay usable. A README.md that is there already is left alone.
+        """
+        folder, files = Path(folder), self.files
+        paths = [folder / "generator.safetensors", folder / "inversion.safetensors"]
+        generator_hash = hub.store(
+            paths[0],
+            {f"generator.{name}": tensor for name, tensor in self.generator.state_dict().items()},
+            kind="stylegan2",
+            config=self.generator.config,
+            source=files and files.generator,
+        )
+        hub.store(
+            paths[1],
+            self.model.state_dict(),
+            kind="mambastyle",
+            config=self.model.config,
+            source=files and files.inversion,
+            card={"generator_sha256": generator_hash},
+        )
+        if len(self.directions):
+            paths.append(folder / "directions.safetensors")
+            card = checkpoints.read_header(files.directions).card if files and files.directions else {}
+            Directions(self.directions.values(), generator=generator_hash).save(paths[-1], card=card)
+        if files and files.features:
+            paths.append(folder / "features.safetensors")
+            write_whole(paths[-1], files.features.read_bytes())
+        hub.describe(
+            folder,
+            paths,
+            name=self.name,
+            loads=f'inverter = ms.Inverter.from_pretrained("{folder.name}")',
+            tags=["mamba", "state-space-model", "stylegan2", "gan-inversion"],
+            sources=files.paths if files else [],
+        )
+        return folder
 
     @property
     def resolution(self) -> int:
         """Side in pixels of what `render` gives."""
         return self.generator.config.resolution
 
-    def prepare(self, image: Any) -> Float[Tensor, "3 side side"]:
-        """One picture as the encoder takes it: read, cropped to its middle square, resized."""
-        side = self.model.config.image_size
-        square = images.center_crop_square(images.read(image, at_least=side))
+    @property
+    def judge(self) -> tuple[str, Judge | None]:
+        """The network that optimisation compares pictures with, and its name; loaded when first asked for."""
+        if self._judge is None:
+            # Ordinary tensors, also when inference mode asks: gradients go through this network.
+            with torch.inference_mode(False):
+                self._judge = find_judge(self.features, self.device)
+        return self._judge
+
+    def prepare(self, image: Any, side: int | None = None) -> Float[Tensor, "3 side side"]:
+        """One picture as the encoder takes it: read, cropped to its middle square, resized.
+
+        side: another one than the encoder's, such as `resolution` for the methods that optimise.
+        """
+        side = side or self.model.config.image_size
+        picture, frame = images.read(image, at_least=side), self.model.config.frame
+        square = (
+            images.center_crop_square(picture) if frame is None else images.to_framed_square(picture, *frame)
+        )
         return images.resize(square, side, side)
 
-    @torch.inference_mode()
-    def invert(self, pictures: Any, *, names: Sequence[str] | None = None) -> Inverted:
-        """Encode pictures, one or many.
+    def preview(self, image: Any) -> Image.Image:
+        """What the encoder sees of a picture, at the size of what `render` gives, to show beside it."""
+        return images.to_pil(images.resize(self.prepare(image), self.resolution, self.resolution))
 
-        `names` (one per picture) default to the stems of paths and to numbers. Raises images.ImageError when
-        a picture cannot be read.
+    @torch.inference_mode()
+    def invert(
+        self,
+        pictures: Any,
+        *,
+        names: Sequence[str] | None = None,
+        method: MethodName = "encoder",
+        steps: int | None = None,
+        seed: int = 0,
+        progress: Callable[[float], None] | None = None,
+    ) -> Inverted:
+        """Find the latents of pictures, one or many: by the encoder, or as `method` says (api.METHODS).
+
+        names: one per picture; by default the stems of paths, and numbers. steps: of a method that
+        optimises, None for its own number. seed: of its noise; the same seed gives the same inversion.
+        progress: told as the work goes on how many more pictures, in parts, are done. Raises
+        images.ImageError when a picture cannot be read, ValueError for an unknown method.
         """
-        many, single = _as_list(pictures)
+        search = Search(self.model, self.generator, method, steps, seed)
+        if search.optimises:
+            search.judge = self.judge[1]
+        many, single = as_list(pictures)
         if not many:
             raise images.ImageError("no pictures to invert: give one or more")
         if names is not None and len(names) != len(many):
             raise ValueError(f"{len(names)} names for {len(many)} pictures: give one each")
-        encoded = []
+        found: list[Inversion] = []
+        tunings: list[Tuned] = []
         for start in range(0, len(many), self.batch_size):
-            batch = torch.stack([self.prepare(image) for image in many[start : start + self.batch_size]])
-            encoded.append(self.model.encoder(batch.to(self.device)))
-        ws = torch.cat([inversion.ws for inversion in encoded]).cpu()
-        features = [inversion.feature for inversion in encoded if inversion.feature is not None]
+            part = many[start : start + self.batch_size]
+            batch = torch.stack([self.prepare(image, search.side) for image in part])
+            inversion, tuned = search.invert(batch.to(self.device), progress)
+            found.append(inversion)
+            tunings += [] if tuned is None else [tuned]
+        ws = torch.cat([inversion.ws for inversion in found]).cpu()
+        features = [inversion.feature for inversion in found if inversion.feature is not None]
         return Inverted(
             ws=ws,
             feature=torch.cat(features).cpu() if features else None,
             offset=torch.zeros_like(ws),
-            names=tuple(names) if names is not None else _names(many),
+            names=tuple(names) if names is not None else names_of(many),
             model=self.model_hash,
             single=single,
+            tuned={name: torch.cat([one[name] for one in tunings]) for name in tunings[0]}
+            if tunings
+            else None,
         )
 
     def edit(self, pictures: Any, edits: Edits) -> Inverted:
@@ -207,6 +322,19 @@ class Inverter:
         for direction, strength in resolved:
             offset = direction.apply(offset, strength)
         return dataclasses.replace(inverted, offset=offset)
+
+    def edit_photo(
+        self, photo: Any, edits: Edits, *, find_faces: bool = False, landmarks: Any = None
+    ) -> Image.Image:
+        """A whole photograph, edited where the model can: pasted back with a soft seam, at the photo's size.
+
+        By default that is the middle square. With `find_faces`, every face, aligned as FFHQ does, for models
+        that were trained on such faces (extra [faces]). `landmarks` name the faces instead: (points, 2) for
+        one or (faces, points, 2), in pixels of the upright picture, x before y; 5 points (eyes, nose, corners
+        of the mouth, each from left to right as seen) or the 68 of iBUG 300-W.
+        Raises data.faces.FaceError when there is no face, or none that shows both eyes.
+        """
+        return edit_photo(self, photo, edits, find_faces=find_faces, landmarks=landmarks)
 
     @overload
     def render(self, inverted: Any, *, output: Literal["pil"] = "pil") -> Any: ...
@@ -232,8 +360,15 @@ class Inverter:
             offset = inverted.offset[part].to(self.device)
             edited = self.model.edit(encoded, offset, self._direction_feature(offset, feature))
             ws = edited.ws + self.generator.mapping.w_avg
-            rendered.append(self.generator.synthesis(ws, feature=edited.feature).clamp(-1, 1).cpu())
-        batch = torch.cat(rendered)
+            if inverted.tuned is None:
+                picture = self.generator.synthesis(ws, feature=edited.feature)
+            else:
+                tuned = {name: rows[part].to(self.device) for name, rows in inverted.tuned.items()}
+                picture = TunedSynthesis(self.generator.synthesis)(ws, tuned)
+            rendered.append(picture.clamp(-1, 1).cpu())
+        batch, frame = torch.cat(rendered), self.model.config.frame
+        if frame is not None:
+            batch = images.crop_middle(batch, *frame)
         if output == "tensor":
             return batch
         pictures: list[Any] = [images.to_pil(image) for image in batch]
@@ -248,6 +383,7 @@ class Inverter:
         tensors = {"ws": inverted.ws, "offset": inverted.offset}
         if inverted.feature is not None:
             tensors["feature"] = inverted.feature
+        tensors |= {f"{_TUNED}{name}": rows for name, rows in (inverted.tuned or {}).items()}
         config = {"model": self.model_hash, "model_name": self.name, "names": inverted.names}
         checkpoints.save(path, tensors, kind=INVERSION_KIND, config=config | {"single": inverted.single})
 
@@ -263,6 +399,7 @@ class Inverter:
                 names=tuple(saved.config["names"]),
                 model=saved.config["model"],
                 single=bool(saved.config["single"]),
+                tuned=saved.part(_TUNED) or None,
             )
         except KeyError as error:
             raise CheckpointError(f"{path} lacks {error}: invert the picture again") from error
@@ -279,7 +416,7 @@ class Inverter:
             self._check_model(value.model, "this inversion")
             return value
         if isinstance(value, Inversion):
-            names = _names(list(value.ws))
+            names = names_of(list(value.ws))
             return Inverted(value.ws, value.feature, torch.zeros_like(value.ws), names, self.model_hash)
         return self.invert(value)
 
@@ -291,44 +428,10 @@ class Inverter:
         rows = []
         for row in offset:
             key = (row.cpu().numpy().tobytes(), (height, width))
-            if key not in self._direction_features:
-                self._direction_features[key] = self.model.fuser.direction_feature(row[None], (height, width))
-                if len(self._direction_features) > CACHED_DIRECTIONS:
-                    self._direction_features.popitem(last=False)
-            self._direction_features.move_to_end(key)
-            rows.append(self._direction_features[key])
+            make = partial(self.model.fuser.direction_feature, row[None], (height, width))
+            rows.append(self._direction_features.get(key, make))
         # One row for all where all agree: the Fuser expands it without copying.
         return rows[0] if all(row is rows[0] for row in rows) else torch.cat(rows)
-
-
-def _as_list(pictures: Any) -> tuple[list[Any], bool]:
-    """Pictures as a list, and whether it was one alone."""
-    if isinstance(pictures, Tensor | np.ndarray) and pictures.ndim == 4:
-        return list(pictures), False
-    if isinstance(pictures, Tensor | np.ndarray | Image.Image | str | os.PathLike | bytes):
-        return [pictures], True
-    if isinstance(pictures, Iterable):
-        return list(pictures), False
-    return [pictures], True
-
-
-def _names(pictures: Iterable[Any]) -> tuple[str, ...]:
-    return tuple(
-        Path(picture).stem if isinstance(picture, str | os.PathLike) else f"{index:04d}"
-        for index, picture in enumerate(pictures)
-    )
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return found or torch.empty(0).device
-    try:
-        # Allocating is the only sure test: a device may be known by name and absent.
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"the device {str(device)!r} cannot be used ({reason}): leave it out") from error
 
 
 def _check_match(
@@ -340,9 +443,10 @@ def _check_match(
     pairs: list[tuple[str, Any, Any]] = [
         ("num_ws", config.num_ws, generator.num_ws),
         ("w_dim", config.w_dim, generator.w_dim),
-        ("feature_layer", config.feature_layer, generator.feature_layer),
     ]
-    if generator.feature_layer:
+    if config.feature:
+        pairs.append(("feature_layer", config.feature_layer, generator.feature_layer))
+    if config.feature and generator.feature_layer:
         channels, size = generator.layer_shape(generator.feature_layer)
         pairs += [
             ("feature_channels", config.feature_channels, channels),
@@ -357,18 +461,3 @@ def _check_match(
                 f"{inversion_file.path} was trained for another generator than {generator_file.path} "
                 f"({name} {ours} against {theirs}): put the two that belong together in one folder"
             )
-
-
-def _fill(module: Module, tensors: dict[str, Tensor], path: Path) -> Module:
-    """Copy tensors (of any float type) into a module; CheckpointError unless names and shapes agree."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    wrong = [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]
-    if wrong:
-        first = min(wrong)
-        raise CheckpointError(
-            f"{path} does not fit its own config in {len(wrong)} of {len(wanted)} tensors ({first}: expected "
-            f"{wanted.get(first, 'none')}, got {found.get(first, 'none')}): make it again"
-        )
-    module.load_state_dict(tensors)
-    return module

@@ -1,5 +1,6 @@
 """The facade: any kind of picture in, the same picture out for one and for many, edits that add up."""
 
+import dataclasses
 import shutil
 
 import numpy as np
@@ -137,8 +138,6 @@ def test_the_inversion_of_another_model_is_refused(inverter, other_model_folder,
 def test_a_model_without_fuser_renders_its_feature_as_it_is(
     tmp_path, tiny_generator_config, tiny_mambastyle_config, faces
 ):
-    import dataclasses
-
     from tests.conftest import save_tiny_model
 
     config = dataclasses.replace(tiny_mambastyle_config, fuser=False)
@@ -223,3 +222,19 @@ def test_a_broken_hash_is_refused(tiny_model_folder, tmp_path):
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match="does not match its own hash"):
         ms.load(folder)
+
+
+def test_a_model_with_a_frame_takes_and_gives_its_proportions(
+    tmp_path, tiny_generator_config, tiny_mambastyle_config
+):
+    from tests.conftest import save_tiny_model
+
+    config = dataclasses.replace(tiny_mambastyle_config, frame=(12, 16))
+    inverter = ms.load(save_tiny_model(tmp_path, tiny_generator_config, config), device="cpu")
+    prepared = inverter.prepare(torch.zeros(3, 60, 80))
+    assert prepared.shape == (3, 32, 32)
+    # Resizing blends the two rows at the edge of a bar.
+    torch.testing.assert_close(prepared[:, :2], torch.full((3, 2, 32), -1.0))
+    torch.testing.assert_close(prepared[:, 6:26], torch.zeros(3, 20, 32))
+    rendered = inverter.render(inverter.edit(torch.zeros(3, 60, 80), {"noble": 1.0}), output="tensor")
+    assert rendered.shape == (1, 3, 12, 16)

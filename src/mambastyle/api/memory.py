@@ -1,0 +1,66 @@
+"""What a stylization will take, and what there is: said before the work starts, not by the kernel after."""
+
+from pathlib import Path
+
+import torch
+
+from mambastyle.models.mamba_st import MambaST
+from mambastyle.models.samam import SaMam
+
+_MEMINFO = Path("/proc/meminfo")
+_GROUP_LIMITS = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ),
+)
+
+
+def needed_bytes(network: SaMam | MambaST, height: int, width: int) -> int:
+    """About the most that one stylization of a picture of this size holds at once, in float32."""
+    config = network.config
+    ss2d = config.ss2d
+    positions = max(-(-height // config.patch), 2) * max(-(-width // config.patch), 2)
+    pixels = 3 * height * width
+    # The widest moment is a scan. Counted on tensors without memory (evaluation.cost): 11 and 14 times the
+    # width of the map; the process then held 1.09 times as much (SaMam, dim 64, 2048 px: 807 MB).
+    maps = 14 if isinstance(network, MambaST) else 11
+    scanning = positions * (maps * config.dim + 4 * (ss2d.dt_rank + ss2d.state)) * 1.1 + 2 * pixels
+    # The decoder works on strips of one size whatever the picture's is, then come copies of the picture.
+    widest = max(config.decoder[-2][-1], *config.decoder[-1][:-1])
+    strip = min(positions, 1.3 * 128 * 128) * config.patch**2 * widest
+    painting = 2 * positions * config.dim + 7 * pixels + 4.6 * strip
+    return round(4 * max(scanning, painting))
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """What may still be allocated on a device, or None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return None
+    found = []
+    try:
+        lines = dict(line.split(":") for line in _MEMINFO.read_text().splitlines())
+        found.append(int(lines["MemAvailable"].split()[0]) * 1024)
+        for limit, used in _GROUP_LIMITS:
+            # "max" where there is no limit.
+            if limit.is_file() and (most := limit.read_text().strip()).isdecimal():
+                found.append(int(most) - int(used.read_text()))
+    except (OSError, KeyError, ValueError):
+        pass
+    return min(found) if found else None
+
+
+def check_memory(network: SaMam | MambaST, height: int, width: int, device: torch.device) -> None:
+    """ValueError when a picture of this size will not fit, with the largest side that will."""
+    needed, free = needed_bytes(network, height, width), available_bytes(device)
+    if free is None or needed <= free:
+        return
+    side = max(height, width)
+    fitting = int(side * (free / needed) ** 0.5) // 16 * 16
+    raise ValueError(
+        f"a picture of {height} x {width} takes about {needed / 1e9:.1f} GB with this model, and "
+        f"{free / 1e9:.1f} GB are free: scale it to {fitting} px on the long side (--size {fitting})"
+    )
