@@ -1,0 +1,1 @@
+"""Models for other runtimes: graphs that run without torch."""
