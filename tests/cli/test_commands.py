@@ -1,12 +1,18 @@
 """info, doctor, directions, train and demo."""
 
+import json
 import sys
+from pathlib import Path
 
 import pytest
 
+import mambastyle as ms
+from mambastyle import images
 from mambastyle.cli import main
-from mambastyle.cli.batch import one_line, stems
+from mambastyle.cli.batch import one_line
+from mambastyle.cli.demo import style_sheet
 from mambastyle.cli.train import parse_overrides
+from mambastyle.files import stems
 
 
 @pytest.fixture
@@ -40,6 +46,31 @@ def test_info_of_a_broken_checkpoint_fails(run, tmp_path):
     assert err.count("\n") == 1
 
 
+@pytest.mark.no_shape_checks
+def test_info_counts_a_config_and_prints_the_papers_table(run, monkeypatch):
+    from mambastyle.evaluation import cost
+
+    code, out, _ = run("info", "--config", "kaokore64", "--variant", "no-fuser", "--json")
+    assert code == 0
+    report = json.loads(out)
+    assert report["variant"] == "no-fuser"
+    assert report["total"]["parameters"] == sum(row["parameters"] for row in report["modules"].values())
+    # Counting takes seconds, and tests/evaluation/test_cost.py looks at the numbers.
+    counted = cost.cost("kaokore64", "no-fuser")
+    monkeypatch.setattr(cost, "cost", lambda name, variant: counted)
+    code, out, _ = run("info", "--config", "kaokore64")
+    assert code == 0
+    assert "encoder.mixers" in out
+    assert out.splitlines()[-2].startswith("total")
+    code, out, _ = run("info", "--table")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()[2:]] == list(cost.TABLE)
+    assert "157.82" in out
+    assert len(json.loads(run("info", "--table", "--json")[1])) == len(cost.TABLE)
+    assert run("info", "--table", "kaokore64")[2] == "error: give one of a model, --config and --table\n"
+    assert run("info", "--json")[2].startswith("error: --json prints --config or --table")
+
+
 def test_doctor_finds_this_installation_sound(run):
     code, out, _ = run("doctor")
     assert code == 0
@@ -65,18 +96,36 @@ def test_the_demo_writes_pictures_and_a_contact_sheet(run, tiny_model_folder, fa
     assert len(list(out.glob("*.safetensors"))) == 3
 
 
+def test_the_demo_stylizes_the_example_scenes(tiny_stylizer_folder, tmp_path):
+    stylizer = ms.load(tiny_stylizer_folder, device="cpu")
+    examples = Path(__file__).parents[2] / "examples"
+    contents, styles = (
+        {path.stem: images.resize(images.read(path), 32, 44) for path in images.find(examples / kind)}
+        for kind in ("contents", "styles")
+    )
+    assert (len(contents), len(styles)) == (2, 3)
+    sheet = style_sheet({"one": stylizer, "two": stylizer}, contents, styles, tmp_path)
+    assert len(list(tmp_path.glob("*.one.png"))) == len(list(tmp_path.glob("*.two.png"))) == 6
+    # Styles above, then two rows for each content, on 32 px a row.
+    assert sheet.shape[1] >= 5 * 32
+
+
 def test_a_demo_without_examples_says_what_to_do(run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    from mambastyle.cli import demo
+
+    assert len(list(demo.examples_folder().glob("*.webp"))) == 8
+    monkeypatch.setattr(demo, "__file__", str(tmp_path / "mambastyle" / "cli" / "demo.py"))
     code, _, err = run("demo")
-    assert (code, err) == (1, "error: no folder examples here: run it in the repository, or name pictures\n")
+    assert code == 1
+    assert err == "error: this installation has no example faces: name pictures, or install it again\n"
 
 
 def test_evaluate_prints_and_writes_numbers(run, tiny_model_folder, faces, tmp_path, monkeypatch):
     import json
 
-    from mambastyle.evaluation.inversion import Judges
+    from mambastyle.evaluation.judges import Judges
 
-    monkeypatch.setattr(Judges, "found", classmethod(lambda cls: cls()))
+    monkeypatch.setattr(Judges, "found", classmethod(lambda cls, *_: cls()))
     faces[1].write_bytes(b"")
     out = tmp_path / "numbers.json"
     arguments = ("-m", tiny_model_folder, "-o", out, "--device", "cpu")

@@ -44,6 +44,18 @@ def test_invert_writes_pictures_beside_saved_inversions(run, faces):
         assert picture.size == (16, 16)
 
 
+@pytest.mark.no_shape_checks
+def test_invert_by_another_method_is_edited_like_any_other(run, faces, monkeypatch):
+    monkeypatch.delenv("MAMBASTYLE_SQUEEZENET", raising=False)
+    code, _, err = run("invert", faces[0], "--method", "pti", "--steps", 2)
+    assert (code, err) == (0, "")
+    assert run("edit", "out/face0.inversion.safetensors", "-e", "gender=1.5")[0] == 0
+    assert "face0.gender+1.5.png" in names()
+    code, _, err = run("invert", faces[0], "--method", "pit")
+    assert code == 1
+    assert "did you mean 'pti'" in err
+
+
 def test_edit_of_a_picture_equals_edit_of_its_saved_inversion(run, faces):
     assert run("invert", faces[0])[0] == 0
     assert run("edit", faces[0], "-e", "gender=1.5", "-o", "a", "--no-save")[0] == 0
@@ -177,3 +189,30 @@ def test_a_model_that_is_none_is_refused(run, faces, other_model_folder):
     code, _, err = run("render", "out")
     assert code == 1
     assert "was made by another model" in err
+
+
+def test_paste_back_gives_whole_pictures(run, faces, tmp_path):
+    code, _, err = run("edit", faces[0].parent, "-e", "gender=2", "--paste-back")
+    assert (code, err) == (0, "")
+    assert names() == [f"face{index}.gender+2.png" for index in range(3)]
+    with Image.open("out/face0.gender+2.png") as edited, Image.open(faces[0]) as original:
+        assert edited.size == original.size
+        # The rows above the middle square are as they were.
+        above = (0, 0, original.width, 4)
+        assert edited.crop(above).tobytes() == original.crop(above).tobytes()
+        assert edited.tobytes() != original.tobytes()
+
+
+def test_landmarks_come_from_a_json_file(run, faces, tmp_path):
+    points = tmp_path / "points.json"
+    points.write_text("[[15, 20], [25, 20], [20, 25], [16, 30], [24, 30]]")
+    assert run("edit", faces[0], "-e", "gender=2", "--landmarks", points)[0] == 0
+    assert names() == ["face0.gender+2.png"]
+    points.write_text("[[15, 20]]")
+    code, _, err = run("edit", faces[0], "-e", "gender=2", "--landmarks", points)
+    assert code == 1
+    assert "give 5 or 68 pairs of x and y" in err
+    points.write_text("15, 20")
+    code, _, err = run("edit", faces[0], "-e", "gender=2", "--landmarks", points)
+    assert code == 1
+    assert "points.json is not JSON" in err

@@ -7,17 +7,30 @@ import traceback
 import click
 import typer
 
-from mambastyle.cli import about, convert, demo, directions, evaluate, pictures, train
+from mambastyle.cli import (
+    about,
+    convert,
+    demo,
+    directions,
+    evaluate,
+    export,
+    jobs,
+    pictures,
+    serve,
+    stylize,
+    train,
+)
 from mambastyle.cli.batch import one_line
 
 app = typer.Typer(
     name="mambastyle",
-    help="Invert, edit and render pictures with MambaStyle, and train its models.",
+    help="Invert, edit and render pictures with MambaStyle, stylize them, and train the models.",
     epilog=(
         "Examples:\n\n"
         "  mambastyle invert faces/ --out out\n\n"
         "  mambastyle edit face.png -e gender=1.5 --out out\n\n"
         "  mambastyle edit faces/*.png -e gender --grid --strengths -2,-1,0,1,2\n\n"
+        "  mambastyle stylize photo.jpg --style painting.jpg\n\n"
         "Each command teaches more with --help. MAMBASTYLE_DEBUG=1 shows where an error came from."
     ),
     no_args_is_help=True,
@@ -28,11 +41,15 @@ app = typer.Typer(
 app.command()(pictures.invert)
 app.command()(pictures.edit)
 app.command()(pictures.render)
+app.command()(stylize.stylize)
 app.command()(demo.demo)
+app.command()(serve.serve)
+app.add_typer(jobs.app, name="batch")
 app.add_typer(train.app, name="train")
 app.add_typer(directions.app, name="directions")
 app.add_typer(evaluate.app, name="evaluate")
 app.command()(convert.convert)
+app.command()(export.export)
 app.command()(about.info)
 app.command()(about.doctor)
 

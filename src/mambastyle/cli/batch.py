@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,7 +22,9 @@ def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, ModuleNotFoundError) and error.name:
         extra = {"accelerate": "train", "tensorboard": "train", "torchmetrics": "eval", "scipy": "eval"}
-        extra["sklearn"] = "directions"
+        extra |= {"sklearn": "directions", "av": "video", "huggingface_hub": "hub", "ray": "ray"}
+        extra |= dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx")
+        extra |= {"transformers": "text", "gradio": "ui"}
         package = extra.get(error.name.split(".")[0])
         remedy = f'pip install "mambastyle[{package}]"' if package else "install the package again"
         return f"{error.name} is not installed: {remedy}"
@@ -84,20 +86,6 @@ def chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
     """Runs of `size` items; the last may be shorter."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
-
-
-def stems(paths: Iterable[Path]) -> dict[Path, str]:
-    """A name for the outputs of each input, no two the same: the stem, or with its suffix, or numbered."""
-    named: dict[Path, str] = {}
-    taken: set[str] = set()
-    for path in paths:
-        stem = path.stem.removesuffix(".inversion")
-        candidates = [stem, f"{stem}_{path.suffix.lstrip('.')}"]
-        candidates += [f"{stem}-{number}" for number in range(2, len(taken) + 3)]
-        # Some file systems take no account of case.
-        named[path] = next(name for name in candidates if name.casefold() not in taken)
-        taken.add(named[path].casefold())
-    return named
 
 
 @contextlib.contextmanager

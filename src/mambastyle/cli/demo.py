@@ -1,6 +1,7 @@
-"""`mambastyle demo`: real faces inverted and edited, each picture, one contact sheet and a table."""
+"""`mambastyle demo`: faces inverted and edited, scenes stylized: pictures, two contact sheets and a table."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,13 +9,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mambastyle.cli.batch import Batch, stems
+from mambastyle.cli.batch import Batch
 from mambastyle.cli.pictures import Device, Model
+from mambastyle.files import stems
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mambastyle.api import Inverter
+    from mambastyle.api import Inverter, Stylizer
 
 
 def demo(
@@ -23,23 +25,24 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write to.")] = Path("out/demo"),
     device: Device = None,
 ) -> None:
-    """Invert and edit the example faces: pictures, one contact sheet and a table, in well under a minute.
+    """Invert and edit the example faces, stylize the example scenes, in well under a minute.
+
+    It writes every picture, a contact sheet of each (OUT/contact_sheet.png, OUT/style_sheet.png), and prints
+    a table. Pictures that are named are inverted and edited alone.
 
     Example:
 
         mambastyle demo
     """
     from mambastyle import images
-    from mambastyle.api import load
+    from mambastyle.api import load_inverter
 
     start = time.perf_counter()
     batch = Batch()
-    if not inputs and not Path("examples").is_dir():
-        raise images.ImageError("no folder examples here: run it in the repository, or name pictures")
-    paths = batch.find(inputs or ["examples"])
+    paths = batch.find(inputs or [str(examples_folder())])
     if not paths:
         return batch.finish(out)
-    inverter = load(model, device=device)
+    inverter = load_inverter(model, device=device)
     good, originals = [], []
     for path in paths:
         with batch.attempt(path):
@@ -74,8 +77,72 @@ def demo(
     images.write(out / "contact_sheet.png", sheet)
 
     _print_table(model, names, shown, columns, milliseconds)
-    typer.echo(f"contact sheet: {out / 'contact_sheet.png'} ({time.perf_counter() - start:.1f} s in all)")
+    typer.echo(f"contact sheet: {out / 'contact_sheet.png'}")
+    if not inputs:
+        stylize_examples(examples_folder(), out, device)
+    typer.echo(f"{time.perf_counter() - start:.1f} s in all")
     return batch.finish(out)
+
+
+def examples_folder() -> Path:
+    """Where the example faces are: in the wheel inside the package, otherwise in the repository."""
+    package = Path(__file__).parents[1]
+    for folder in (package / "examples", package.parents[1] / "examples"):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError("this installation has no example faces: name pictures, or install it again")
+
+
+def stylize_examples(examples: Path, out: Path, device: str | None) -> None:
+    """The example scenes in the example styles, by every preset that stylizes and is installed."""
+    from mambastyle import images
+    from mambastyle.api import load_stylizer
+    from mambastyle.presets import PRESETS
+
+    installed = [preset.name for preset in PRESETS.values() if preset.stylizes and not preset.missing()]
+    if not installed or not (examples / "contents").is_dir():
+        return
+    contents, styles = (
+        {path.stem: images.read(path) for path in images.find(examples / kind)}
+        for kind in ("contents", "styles")
+    )
+    sheet = style_sheet(
+        {name: load_stylizer(name, device=device) for name in installed}, contents, styles, out
+    )
+    images.write(out / "style_sheet.png", sheet)
+    typer.echo(f"style sheet: {out / 'style_sheet.png'}")
+
+
+def style_sheet(
+    stylizers: Mapping[str, "Stylizer"],
+    contents: Mapping[str, "Tensor"],
+    styles: Mapping[str, "Tensor"],
+    out: Path,
+) -> "Tensor":
+    """Write each content in each style by each network, and put them on one sheet."""
+    import torch
+
+    from mambastyle import images
+
+    height, width = next(iter(contents.values())).shape[1:]
+
+    def tile(image: "Tensor") -> "Tensor":
+        """The middle of a picture at the first content's size."""
+        scale = max(height / image.shape[1], width / image.shape[2])
+        large = images.resize(image, round(image.shape[1] * scale), round(image.shape[2] * scale))
+        top, left = (large.shape[1] - height) // 2, (large.shape[2] - width) // 2
+        return large[:, top : top + height, left : left + width]
+
+    tiles, rows = [torch.ones(3, height, width), *map(tile, styles.values())], [""]
+    for name, content in contents.items():
+        for model, stylizer in stylizers.items():
+            rows.append(model)
+            tiles.append(tile(content))
+            for style, picture in styles.items():
+                stylized = stylizer.stylize(content, picture, output="tensor")
+                images.write(out / f"{name}.{style}.{model}.png", stylized)
+                tiles.append(tile(stylized))
+    return images.grid(tiles, len(styles) + 1, column_labels=["", *styles], row_labels=rows)
 
 
 def choose_edits(inverter: "Inverter", model: str) -> dict[str, tuple[float, ...]]:

@@ -1,4 +1,4 @@
-"""`mambastyle directions list|discover`."""
+"""`mambastyle directions list|discover|join|text`."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -17,6 +17,11 @@ class Method(StrEnum):
     pca = "pca"
     boundary = "boundary"
     both = "both"
+
+
+class TextMethod(StrEnum):
+    optimise = "optimise"
+    table = "global"
 
 
 @app.command("list")
@@ -97,3 +102,86 @@ def discover(
     )
     found.save(out)
     typer.echo(f"{len(found)} directions ({', '.join(found)}) written to {out}")
+
+
+@app.command()
+def join(
+    out: Annotated[Path, typer.Argument(help="The file to write, such as directions.safetensors.")],
+    files: Annotated[list[Path], typer.Argument(help="Files with directions of one generator.")],
+) -> None:
+    """Join files with directions, discovered or converted, to the one file that a model or a run file takes.
+
+    Example:
+
+        mambastyle directions join directions.safetensors age.safetensors smile.safetensors pca.safetensors
+    """
+    from mambastyle import checkpoints
+    from mambastyle.latents.directions import Directions
+
+    found = Directions.joined(Directions.load(path) for path in files)
+    cards = {path.name: checkpoints.read_header(path).card for path in files}
+    found.save(out, card={"joined": cards})
+    typer.echo(f"{len(found)} directions ({', '.join(found)}) written to {out}")
+
+
+@app.command()
+def text(
+    words: Annotated[str, typer.Argument(help="What the pictures should become: 'a person with glasses'.")],
+    out: Annotated[
+        Path, typer.Argument(help="The file to write; a file of this generator's directions gets one more.")
+    ],
+    clip: Annotated[Path, typer.Option(help="A folder with a CLIP of transformers; nothing is downloaded.")],
+    model: Model = "kaokore64",
+    neutral: Annotated[str, typer.Option(help="What the pictures are, without that.")] = "a person",
+    name: Annotated[str | None, typer.Option(help="The direction's name; default: from the text.")] = None,
+    method: Annotated[
+        TextMethod, typer.Option(help="optimise: move d by CLIP. global: StyleCLIP's table of the generator.")
+    ] = TextMethod.optimise,
+    table: Annotated[
+        Path | None,
+        typer.Option(help="global: the published table (fs3.npy); without it, one is measured (hours)."),
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option(min=0, help="global: style channels of less relevance stay.")
+    ] = 0.1,
+    steps: Annotated[int, typer.Option(min=1, help="optimise: how many steps.")] = 100,
+    samples: Annotated[
+        int, typer.Option(min=1, help="global without a table: pictures per style channel.")
+    ] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of the drawn latents.")] = 0,
+    device: Device = None,
+) -> None:
+    """Make a direction from a text, by what a CLIP that you have sees in the generator's pictures.
+
+    Needs the extra: pip install "mambastyle[text]".
+
+    Examples:
+
+        mambastyle directions text "a person with glasses" glasses.safetensors --clip clip-vit-base-patch32
+
+        mambastyle directions text "smiling person" d.safetensors --clip CLIP --method global --table fs3.npy
+    """
+    from mambastyle.latents.directions import Directions
+    from mambastyle.training.text_directions import text_direction
+
+    found = text_direction(
+        model,
+        words,
+        clip=clip,
+        neutral=neutral,
+        name=name,
+        method=method.value,
+        table=table,
+        threshold=threshold,
+        steps=steps,
+        samples=samples,
+        seed=seed,
+        device=device,
+    )
+    if out.is_file():
+        older = Directions.load(out)
+        if older.generator not in (None, found.generator):
+            raise ValueError(f"{out} holds the directions of another generator: name another file")
+        found = Directions.joined([older, found])
+    found.save(out)
+    typer.echo(f"{list(found)[-1]} written to {out} ({len(found)} directions)")

@@ -1,7 +1,8 @@
-"""`mambastyle evaluate inversion|editing|gan`: protocols of mambastyle.evaluation, printed and written."""
+"""`mambastyle evaluate inversion|editing|paper|cost|ablation|gan|style-transfer`, printed and written."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.console import Console
@@ -10,6 +11,8 @@ from mambastyle.cli.batch import Batch
 from mambastyle.cli.pictures import BatchSize, Device, Model
 
 if TYPE_CHECKING:
+    from mambastyle.api.methods import MethodName
+    from mambastyle.evaluation.judges import Judges
     from mambastyle.evaluation.table import Table
 
 app = typer.Typer(
@@ -17,9 +20,12 @@ app = typer.Typer(
     epilog=(
         "Examples:\n\n"
         "  mambastyle evaluate inversion faces/ --out numbers.json\n\n"
-        "  mambastyle evaluate inversion --pack kaokore256.zip --also w-plus=runs/w-plus --optimise 500\n\n"
-        "  mambastyle evaluate editing --pack kaokore256.zip --judge judge.safetensors\n\n"
-        "  mambastyle evaluate gan runs/gan-kaokore64/snapshots/*.safetensors --pack kaokore256.zip"
+        "  mambastyle evaluate inversion --pack faces.zip --also w-plus=runs/w-plus --method optimise:500\n\n"
+        "  mambastyle evaluate editing --pack faces.zip --judge judge.safetensors --report out/\n\n"
+        "  mambastyle evaluate paper --pack faces.zip --judge judge.safetensors --method pti\n\n"
+        "  mambastyle evaluate cost --method encoder --method optimise:100\n\n"
+        "  mambastyle evaluate gan runs/gan-kaokore64/snapshots/*.safetensors --pack faces.zip\n\n"
+        "  mambastyle evaluate style-transfer --pack pairs.zip --also mamba-st=mamba-st-small"
     ),
     no_args_is_help=True,
 )
@@ -28,7 +34,12 @@ _LATENTS_ALONE = "MambaStyle, latents alone"
 
 Pack = Annotated[Path, typer.Option("--pack", help="Zip or folder with labels.csv; its test split counts.")]
 Report = Annotated[
-    Path | None, typer.Option("--report", help="Also write the table as PATH.md and PATH.json.")
+    str | None,
+    typer.Option(
+        "--report",
+        metavar="PATH",
+        help="Also write PATH.md, PATH.json and pictures; FOLDER/ takes its own names.",
+    ),
 ]
 Also = Annotated[
     list[str] | None,
@@ -38,6 +49,32 @@ LatentsAlone = Annotated[
     bool, typer.Option("--latents-alone", help="Also the same model without its feature F (W+ only).")
 ]
 Count = Annotated[int | None, typer.Option(min=2, help="Only the first so many pictures.")]
+Ways = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--method",
+        metavar="NAME[:STEPS]",
+        help="optimise, pti, encoder+optimise or mean-w beside the encoder; may be given again.",
+    ),
+]
+WaysCount = Annotated[
+    int | None, typer.Option("--method-count", min=2, help="Only so many pictures for methods that optimise.")
+]
+Seed = Annotated[int, typer.Option(help="Of what methods draw.")]
+JudgeFiles = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--weights",
+        metavar="FILE[,BACKBONE]",
+        help="Published weights of LPIPS, the FID's Inception or ArcFace; may be given again.",
+    ),
+]
+Judge = Annotated[
+    Path, typer.Option("--judge", help="Classifier that judges (not the one behind the directions).")
+]
+DirectionsFile = Annotated[
+    Path | None, typer.Option("--directions", help="A directions file; default: the model's own.")
+]
 
 
 @app.command()
@@ -52,10 +89,13 @@ def inversion(
     ] = None,
     also: Also = None,
     latents_alone: LatentsAlone = False,
+    ways: Ways = None,
+    ways_count: WaysCount = None,
     optimise: Annotated[
-        list[int] | None,
-        typer.Option(help="With --pack: W+ optimisation of so many steps; may be given again."),
+        list[int] | None, typer.Option(help="The same as --method optimise:STEPS; may be given again.")
     ] = None,
+    weights: JudgeFiles = None,
+    seed: Seed = 0,
     count: Count = None,
     report: Report = None,
     batch_size: BatchSize = 16,
@@ -65,7 +105,8 @@ def inversion(
 
     Each number's name says what made it (fd_small is our own network's, never FID). MAMBASTYLE_SQUEEZENET
     names a SqueezeNet file for the distances that need one; without it they are left out. With --pack the
-    model stands in a table beside others (--also) and beside optimisation in W+ (--optimise).
+    model stands in a table beside others (--also), beside itself without F (--latents-alone), and beside
+    other ways to invert (--method); with --report also the best, median and worst pictures.
     """
     if pack is not None:
         from mambastyle.evaluation.inversion import run
@@ -74,28 +115,34 @@ def inversion(
             _models(model, also, latents_alone),
             pack,
             w_plus_only=(_LATENTS_ALONE,),
-            optimisation_steps=optimise or (),
+            others=_ways([*(ways or []), *(f"optimise:{steps}" for steps in optimise or [])]),
+            others_count=ways_count,
+            seed=seed,
             count=count,
             batch=batch_size,
+            judges=_judges(weights),
             device=device,
+            progress=True,
         )
-        _show(table, report)
-        return
+        return _show(table, report, "inversion")
     if not inputs:
         raise ValueError("nothing to evaluate: name pictures, or a pack with --pack")
-    _evaluate_pictures(inputs, model, out, batch_size, device)
+    return _evaluate_pictures(inputs, model, out, _judges(weights), batch_size, device)
 
 
 @app.command()
 def editing(
     pack: Pack,
-    judge: Annotated[Path, typer.Option(help="Classifier that judges (not the one behind the directions).")],
+    judge: Judge,
     model: Model = "kaokore64",
-    directions: Annotated[
-        Path | None, typer.Option(help="A directions file; default: the model's own.")
-    ] = None,
+    directions: DirectionsFile = None,
     also: Also = None,
     latents_alone: LatentsAlone = False,
+    ways: Ways = None,
+    ways_count: WaysCount = None,
+    weights: JudgeFiles = None,
+    strengths: Annotated[str, typer.Option(help="The strengths, with commas.")] = "0,0.5,1,1.5,2,3",
+    seed: Seed = 0,
     count: Count = None,
     report: Report = None,
     device: Device = None,
@@ -103,17 +150,117 @@ def editing(
     """Edit faces that lack an attribute: how many then have it, and at what distance from those that do.
 
     Strength by strength, for gender (both ways) and two statuses: the share that the judge calls changed,
-    fd(A, B') beside fd(A, B), and the L2 inside and outside the region that the edit is about.
+    fd(A, B') and fd(B, B') beside fd(A, B), what is kept of the face, and the L2 outside the region that the
+    edit is about.
     """
     from mambastyle.evaluation.editing import run
-    from mambastyle.presets import find_model
 
-    chosen = directions or find_model(model).directions
-    if chosen is None:
-        raise ValueError(f"{model} has no directions: name a file with --directions")
-    models = _models(model, also, latents_alone)
-    table = run(models, pack, chosen, judge, w_plus_only=(_LATENTS_ALONE,), count=count, device=device)
-    _show(table, report)
+    table = run(
+        _models(model, also, latents_alone),
+        pack,
+        _directions(model, directions),
+        judge,
+        strengths=_numbers(strengths),
+        w_plus_only=(_LATENTS_ALONE,),
+        others=_ways(ways),
+        others_count=ways_count,
+        seed=seed,
+        count=count,
+        judges=_judges(weights),
+        device=device,
+        progress=True,
+    )
+    _show(table, report, "editing")
+
+
+@app.command()
+def paper(
+    pack: Pack,
+    judge: Judge,
+    model: Model = "kaokore64",
+    directions: DirectionsFile = None,
+    also: Also = None,
+    latents_alone: LatentsAlone = False,
+    ways: Ways = None,
+    ways_count: WaysCount = None,
+    strength: Annotated[float, typer.Option(help="Of the edits, in natural units of each direction.")] = 1.5,
+    weights: JudgeFiles = None,
+    seed: Seed = 0,
+    count: Count = None,
+    report: Report = None,
+    device: Device = None,
+) -> None:
+    """The columns of the paper's table 1: inversion, fd(A, B') of each edit, parameters, GMACs, time."""
+    from mambastyle.evaluation.paper import run
+
+    table = run(
+        _models(model, also, latents_alone),
+        pack,
+        _directions(model, directions),
+        judge,
+        w_plus_only=(_LATENTS_ALONE,),
+        others=_ways(ways),
+        others_count=ways_count,
+        strength=strength,
+        seed=seed,
+        count=count,
+        judges=_judges(weights),
+        device=device,
+        progress=True,
+    )
+    _show(table, report, "table-1")
+
+
+@app.command()
+def cost(
+    model: Model = "kaokore64",
+    ways: Ways = None,
+    batch_size: BatchSize = 16,
+    repeats: Annotated[int, typer.Option(min=1, help="Times are medians of so many.")] = 5,
+    report: Report = None,
+    device: Device = None,
+) -> None:
+    """Parameters, GMACs, milliseconds and peak memory of ways to invert, each in a process of its own.
+
+    `mambastyle info --config NAME` counts the full-size models without running them.
+    """
+    from mambastyle.evaluation.timing import run
+
+    chosen = _ways(ways or ["encoder"])
+    _show(run(model, chosen, batch=batch_size, repeats=repeats, device=device), report, "cost")
+
+
+@app.command()
+def ablation(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs of `train inversion`.")],
+    pack: Pack,
+    judge: Annotated[
+        Path | None, typer.Option("--judge", help="Classifier for the editing columns, with --directions.")
+    ] = None,
+    directions: DirectionsFile = None,
+    strength: Annotated[float, typer.Option(help="Of the edits.")] = 1.5,
+    weights: JudgeFiles = None,
+    count: Count = None,
+    report: Report = None,
+    device: Device = None,
+) -> None:
+    """Compare variants trained alike: means over seeds, and differences to Final picture by picture."""
+    from mambastyle.evaluation.ablation import run
+
+    tables = run(
+        runs,
+        pack,
+        judge=judge,
+        directions=directions,
+        strength=strength,
+        count=count,
+        judges=_judges(weights),
+        device=device,
+        progress=True,
+    )
+    for table, name in zip(tables, ("ablation", "ablation-runs"), strict=True):
+        path = report if report is None or _is_folder(report) or name == "ablation" else f"{report}-runs"
+        _show(table, path, name)
 
 
 @app.command()
@@ -126,6 +273,7 @@ def gan(
     features: Annotated[
         Path | None, typer.Option(help="The small network of fd_small; default: the packaged one.")
     ] = None,
+    weights: JudgeFiles = None,
     psi: Annotated[float, typer.Option(help="Truncation: 1 is none.")] = 1.0,
     seed: int = 0,
     report: Report = None,
@@ -133,17 +281,65 @@ def gan(
 ) -> None:
     """Compare a generator's samples with the training pictures: Frechet and kernel distances, a row each."""
     from mambastyle.evaluation.generator import run
-    from mambastyle.evaluation.inversion import Judges
 
-    judges = Judges.found(features)
-    if judges.squeeze is None and judges.small is None:
+    judges = _judges(weights, features)
+    if not judges.networks:
         raise ValueError("no network to compare with: set MAMBASTYLE_SQUEEZENET or name one with --features")
     table = run(generators, pack, judges, count=count, truncation_psi=psi, seed=seed, device=device or "cpu")
-    _show(table, report)
+    _show(table, report, "generator")
+
+
+@app.command("style-transfer")
+def style_transfer(
+    pack: Annotated[
+        Path, typer.Option("--pack", help="Zip or folder with pairs.csv: the columns content and style.")
+    ],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A preset's name, a checkpoint, or a folder with one.")
+    ] = "samam-small",
+    also: Also = None,
+    count: Annotated[int | None, typer.Option(min=2, help="Only so many pairs, drawn by a seed.")] = None,
+    size: Annotated[int, typer.Option(min=32, help="Side of all pictures; the protocol's is 512.")] = 512,
+    lpips: Annotated[
+        Path | None, typer.Option(help="LPIPS-Alex's published weights with the backbone: adds LPIPS.")
+    ] = None,
+    art_inception: Annotated[
+        Path | None, typer.Option(help="ArtFID's published Inception: adds its FID, with LPIPS also ArtFID.")
+    ] = None,
+    vgg19: Annotated[Path | None, typer.Option(help="torchvision's VGG-19: adds the CFSD with it.")] = None,
+    report: Report = None,
+    device: Device = None,
+) -> None:
+    """Stylize contents by styles: distances to both, seams, milliseconds and memory, a row per model.
+
+    The first two rows are the contents and the styles themselves, between which every model stands. Without
+    MAMBASTYLE_SQUEEZENET the distances that need SqueezeNet are left out. 800 pairs take some 20 minutes a
+    model on two cores.
+    """
+    from rich.progress import Progress
+
+    from mambastyle.evaluation.style_transfer import PublishedJudges, run
+
+    models = {Path(model).stem: model} | _named(also)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("pairs", total=None)
+
+        def advance(total: int) -> Callable[[], None]:
+            bar.update(task, total=total)
+            return lambda: bar.advance(task)
+
+        extra = PublishedJudges.load(lpips, art_inception, vgg19)
+        table = run(models, pack, size=size, count=count, extra=extra, device=device, progress=advance)
+    _show(table, report, "style-transfer")
 
 
 def _evaluate_pictures(
-    inputs: list[str], model: str, out: Path | None, batch_size: int, device: str | None
+    inputs: list[str],
+    model: str,
+    out: Path | None,
+    judges: "Judges",
+    batch_size: int,
+    device: str | None,
 ) -> None:
     """One model on any pictures; those that cannot be read are listed at the end."""
     import json
@@ -151,13 +347,13 @@ def _evaluate_pictures(
     from rich.table import Table
 
     from mambastyle import images
-    from mambastyle.api import load
+    from mambastyle.api import load_inverter
     from mambastyle.evaluation.inversion import evaluate
     from mambastyle.files import write_whole
 
     batch = Batch()
     paths = batch.find(inputs)
-    inverter = load(model, device=device, batch_size=batch_size)
+    inverter = load_inverter(model, device=device, batch_size=batch_size)
     pictures = []
     for path in paths:
         with batch.attempt(path):
@@ -165,7 +361,7 @@ def _evaluate_pictures(
             batch.done += 1
     if not pictures:
         return batch.finish()
-    numbers = evaluate(inverter, pictures)
+    numbers = evaluate(inverter, pictures, judges)
     table = Table("metric", "value", box=None, pad_edge=False)
     for name, value in numbers.items():
         table.add_row(name, f"{value:.4g}")
@@ -192,8 +388,50 @@ def _named(also: list[str] | None) -> dict[str, str]:
     return named
 
 
-def _show(table: "Table", report: Path | None) -> None:
+def _ways(texts: list[str] | None) -> "list[tuple[MethodName, int | None]]":
+    """NAME or NAME:STEPS, ... as pairs."""
+    from mambastyle.api.methods import check_method
+
+    ways = []
+    for text in texts or []:
+        name, colon, steps = text.partition(":")
+        if colon and not steps.isdecimal():
+            raise ValueError(f"--method {text!r}: expected NAME:STEPS, such as optimise:500")
+        number = int(steps) if colon else None
+        check_method(name, number)
+        ways.append((cast("MethodName", name), number))
+    return ways
+
+
+def _judges(files: list[str] | None, features: Path | None = None) -> "Judges":
+    from mambastyle.evaluation.judges import Judges
+
+    return Judges.found(features, tuple(files or ()))
+
+
+def _directions(model: str, chosen: Path | None) -> Path:
+    from mambastyle.presets import find_model
+
+    found = chosen or find_model(model).directions
+    if found is None:
+        raise ValueError(f"{model} has no directions: name a file with --directions")
+    return found
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--strengths {text!r}: expected numbers with commas, such as 0,1,2") from None
+
+
+def _is_folder(report: str) -> bool:
+    return report.endswith(("/", "\\")) or Path(report).is_dir()
+
+
+def _show(table: "Table", report: str | None, name: str) -> None:
+    """Print a table; write it to `report`, under its own name where that is a folder."""
     Console(soft_wrap=True).print(table.markdown(), markup=False, highlight=False)
     if report is not None:
-        for path in table.write(report):
+        for path in table.write(Path(report) / name if _is_folder(report) else report):
             Console(stderr=True).print(f"written: {path}", markup=False, highlight=False)

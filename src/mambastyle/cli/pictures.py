@@ -1,19 +1,21 @@
 """`mambastyle invert`, `edit` and `render`."""
 
-import re
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from mambastyle.cli.batch import Batch, chunks, progress, stems
+from mambastyle.cli.batch import Batch, chunks, progress
+from mambastyle.cli.photos import Faces, Landmarks, PasteBack, edit_photos, read_landmarks
+from mambastyle.files import file_name, stems
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mambastyle.api import Inverted, Inverter
+    from mambastyle.api.methods import MethodName
 
 SAVED = ".safetensors"
 
@@ -43,6 +45,13 @@ def invert(
     model: Model = "kaokore64",
     out: Out = Path("out"),
     form: Form = Format.png,
+    method: Annotated[
+        str, typer.Option(help="encoder, optimise, pti, encoder+optimise or mean-w; see above.")
+    ] = "encoder",
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Of a method that optimises; default: the method's own number.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise of a method that optimises.")] = 0,
     batch_size: BatchSize = 16,
     device: Device = None,
 ) -> None:
@@ -51,9 +60,17 @@ def invert(
     For each picture NAME it writes NAME.inversion.png, what the generator makes of it, and
     NAME.inversion.safetensors, which `edit` and `render` take without encoding again.
 
+    --method encoder (default) is one forward pass. optimise searches W+ from the generator's average, some
+    seconds a picture; encoder+optimise improves what the encoder gave; pti finds a pivot in W and tunes a
+    generator for each picture (its file holds what was tuned, megabytes); mean-w is the average for all.
+    They compare pictures by L2 and by SqueezeNet where MAMBASTYLE_SQUEEZENET names its file, else by the
+    model's own small network.
+
     Examples:
 
         mambastyle invert face.png
+
+        mambastyle invert face.png --method pti
 
         mambastyle invert faces/ 'more/**/*.jpg' --out out --format jpg
     """
@@ -62,14 +79,22 @@ def invert(
     if paths:
         inverter = _load(model, device, batch_size)
         names = stems(paths)
+        side = None if method == "encoder" else max(inverter.resolution, inverter.model.config.image_size)
         with progress("invert", len(paths)) as bar:
             for chunk in chunks(paths, batch_size):
-                good, pictures = _prepare(inverter, chunk, batch)
+                good, pictures = _prepare(inverter, chunk, batch, side)
                 if good:
-                    inverted = inverter.invert(pictures, names=[names[path] for path in good])
+                    inverted = inverter.invert(
+                        pictures,
+                        names=[names[path] for path in good],
+                        method=cast("MethodName", method),
+                        steps=steps,
+                        seed=seed,
+                        progress=lambda part: bar.advance(bar.task_ids[0], part),
+                    )
                     stem = [f"{names[path]}.inversion" for path in good]
                     _write(inverter, inverted, good, stem, out, form, batch, save=True)
-                bar.advance(bar.task_ids[0], len(chunk))
+                bar.advance(bar.task_ids[0], len(chunk) - len(good))
     batch.finish(out)
 
 
@@ -92,6 +117,9 @@ def edit(
     ] = False,
     strengths: Annotated[str, typer.Option(help="The strengths of --grid.")] = "-2,-1,0,1,2",
     save: Annotated[bool, typer.Option(help="Also write the edited inversions (*.safetensors).")] = True,
+    paste_back: PasteBack = False,
+    find_faces: Faces = False,
+    landmarks: Landmarks = None,
     batch_size: BatchSize = 16,
     device: Device = None,
 ) -> None:
@@ -110,11 +138,13 @@ def edit(
         mambastyle edit face.png -e gender@0:4=2      (the coarse layers only)
 
         mambastyle edit faces/ -e gender -e noble --grid --strengths=-2,0,2
+
+        mambastyle edit holidays/*.jpg -e age=2 --faces --model ffhq/      (the whole photographs)
     """
-    from mambastyle.latents.directions import DirectionError
+    from mambastyle.latents.directions import DirectionError, parse_edit
 
     batch = Batch()
-    parsed = [_parse_edit(text) for text in edits]
+    parsed = [parse_edit(text) for text in edits]
     swept = [name for name, strength in parsed if strength is None]
     if grid and not swept:
         raise DirectionError(
@@ -122,19 +152,31 @@ def edit(
         )
     if swept and not grid:
         raise DirectionError(f"the edit {swept[0]!r} has no strength: write {swept[0]}=1.5, or add --grid")
+    whole = paste_back or find_faces or landmarks is not None
+    if whole and grid:
+        raise ValueError(
+            "--grid shows what the model makes, without the rest: leave out --paste-back or --grid"
+        )
+    points = None if landmarks is None else read_landmarks(landmarks)
     values = _parse_strengths(strengths) if grid else []
     paths = batch.find(inputs)
     if not paths:
         return batch.finish(out)
     inverter = _load(model, device, batch_size)
-    resolved = inverter.directions.resolve(_at_layers(inverter, parsed))
+    resolved = inverter.directions.resolve(
+        [(inverter.directions.at(name), strength or 0.0) for name, strength in parsed]
+    )
     fixed = [pair for pair, (_, given) in zip(resolved, parsed, strict=True) if given is not None]
     sweeps = [pair[0] for pair, (_, given) in zip(resolved, parsed, strict=True) if given is None]
     if grid:
         return _grid(inverter, paths, fixed, sweeps, values, out / f"grid.{form.value}", batch)
 
-    suffix = ".".join(f"{_file_name(name)}{strength:+g}" for name, strength in parsed if strength is not None)
+    suffix = ".".join(f"{file_name(name)}{strength:+g}" for name, strength in parsed if strength is not None)
     names = stems(paths)
+    if whole:
+        targets = [out / f"{names[path]}.{suffix}.{form.value}" for path in paths]
+        edit_photos(inverter, paths, fixed, targets, batch, find_faces=find_faces, landmarks=points)
+        return batch.finish(out)
     with progress("edit", len(paths)) as bar:
         for chunk in chunks(paths, batch_size):
             for good, inverted, _ in _inverted(inverter, chunk, names, batch):
@@ -175,17 +217,19 @@ def render(
 
 
 def _load(model: str, device: str | None, batch_size: int) -> "Inverter":
-    from mambastyle.api import load
+    from mambastyle.api import load_inverter
 
-    return load(model, device=device, batch_size=batch_size)
+    return load_inverter(model, device=device, batch_size=batch_size)
 
 
-def _prepare(inverter: "Inverter", paths: Sequence[Path], batch: Batch) -> tuple[list[Path], list["Tensor"]]:
+def _prepare(
+    inverter: "Inverter", paths: Sequence[Path], batch: Batch, side: int | None = None
+) -> tuple[list[Path], list["Tensor"]]:
     """The pictures of a chunk that can be read, as the encoder takes them; the others are failures."""
     good, pictures = [], []
     for path in paths:
         with batch.attempt(path):
-            pictures.append(inverter.prepare(path))
+            pictures.append(inverter.prepare(path, side))
             good.append(path)
     return good, pictures
 
@@ -284,43 +328,7 @@ def _grid(
     batch.finish(target)
 
 
-def _parse_edit(text: str) -> tuple[str, float | None]:
-    """'gender=1.5' -> ('gender', 1.5); 'gender' -> ('gender', None)."""
-    from mambastyle.latents.directions import DirectionError, check_strength
-
-    name, equals, strength = text.partition("=")
-    name = name.strip()
-    if not name:
-        raise DirectionError(
-            f"the edit {text!r} names no direction, expected NAME=STRENGTH such as gender=1.5"
-        )
-    return name, check_strength(strength, name) if equals else None
-
-
 def _parse_strengths(text: str) -> list[float]:
     from mambastyle.latents.directions import check_strength
 
     return [check_strength(part.strip(), "--strengths") for part in text.split(",")]
-
-
-def _at_layers(inverter: "Inverter", parsed: list[tuple[str, float | None]]) -> list[tuple[Any, float]]:
-    """Names with @FIRST:STOP become the direction on these layers; a missing strength becomes 0."""
-    from mambastyle.latents.directions import DirectionError
-
-    edits = []
-    for text, strength in parsed:
-        name, at, layers = text.partition("@")
-        direction = inverter.directions[name]
-        if at:
-            match = re.fullmatch(r"(\d+):(\d+)", layers)
-            if match is None:
-                raise DirectionError(
-                    f"the layers of {text!r} are {layers!r}, expected FIRST:STOP such as 0:4"
-                )
-            direction = direction.on_layers(int(match[1]), int(match[2]))
-        edits.append((direction, 0.0 if strength is None else strength))
-    return edits
-
-
-def _file_name(name: str) -> str:
-    return re.sub(r"[^\w-]", "_", name.replace("@", "_").replace(":", "-"))
