@@ -11,11 +11,11 @@ import mambastyle
 
 ROOT = Path(mambastyle.__file__).parent
 LEVELS = {
-    **dict.fromkeys(["ops", "images", "checkpoints", "files"], 0),
+    **dict.fromkeys(["ops", "images", "video", "checkpoints", "files"], 0),
     **dict.fromkeys(["nn"], 1),
     **dict.fromkeys(["models", "features", "latents", "losses"], 2),
     **dict.fromkeys(["data", "training", "published", "presets"], 3),
-    **dict.fromkeys(["evaluation", "api", "export"], 4),
+    **dict.fromkeys(["evaluation", "api", "doctor", "export", "hub", "jobs"], 4),
     **dict.fromkeys(["cli", "ui", "__main__"], 5),
 }
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
@@ -62,7 +62,7 @@ before = (torch.random.get_rng_state().sum().item(), torch.get_num_threads(), to
 environment, folder = dict(os.environ), sorted(os.listdir("."))
 for path in sorted(root.rglob("*.py")):
     parts = path.relative_to(root.parent).with_suffix("").parts
-    if "__main__" not in parts and "gpu_triton" not in parts:
+    if not {"__main__", "gpu_triton", "gpu_tiles"} & set(parts):
         importlib.import_module(".".join(part for part in parts if part != "__init__"))
 after = (torch.random.get_rng_state().sum().item(), torch.get_num_threads(), torch.get_default_dtype())
 assert before == after, (before, after)
