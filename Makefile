@@ -1,4 +1,4 @@
-# make setup, demo, test, check, bench: each works alone on a fresh clone.
+# make setup, demo, pictures, test, thorough, check, bench, evaluate, ablation: each works alone on a fresh clone.
 # The CPU build of torch is taken unless nvidia-smi finds a GPU; TORCH=cpu or TORCH=cuda decides otherwise.
 # Where pip's own index serves the CUDA build under that version, TORCH_INDEX names an index with CPU builds.
 PYTHON ?= python3
@@ -7,12 +7,22 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 PYTEST_ARGS ?=
+PACK ?= ../shared/data/kaokore256.zip
+WEIGHTS := src/mambastyle/weights/kaokore64
+# Methods that optimise take seconds to a minute a face: they get the first so many of the test faces.
+EVALUATE_COUNT ?= 16
+EVALUATE_METHODS ?= optimise pti encoder+optimise mean-w
+# Other encoders beside the preset: NAME=FOLDER, such as W+-only=runs/inversion-kaokore64-w.
+EVALUATE_ALSO ?=
+ABLATION_STEPS ?= 1800
+ABLATION_SEEDS ?= 0 1
+ABLATION ?= final base vit no-fuser no-le no-ss2d w-plus
 
 ifeq ($(TORCH),cpu)
 PIP_TORCH := --constraint constraints-cpu.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 endif
 
-.PHONY: setup demo test check format bench clean
+.PHONY: setup demo pictures test thorough check format bench evaluate ablation clean
 
 setup: $(STAMP)
 
@@ -25,8 +35,19 @@ $(STAMP): pyproject.toml constraints-cpu.txt
 demo: $(STAMP)
 	$(BIN)/mambastyle demo --out out/demo
 
+# The pictures of the README: the demo's sheets, and the page by the tests in a browser.
+pictures: demo
+	$(BIN)/python -c 'from mambastyle import images; \
+		[images.write(f"docs/pictures/{new}.webp", images.fit(images.read(f"out/demo/{sheet}.png"), 1200), 85) \
+		for new, sheet in (("demo-faces", "contact_sheet"), ("demo-styles", "style_sheet"))]'
+	MAMBASTYLE_PICTURES=docs/pictures $(BIN)/python -m pytest tests/ui
+
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The tests that take longer: exports, Ray, the wheel, killed processes.
+thorough: $(STAMP)
+	$(BIN)/python -m pytest -m thorough $(PYTEST_ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -39,6 +60,24 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/verify.py
+
+# Table 1's columns for the preset and the baselines on the test faces, then all methods on the same few.
+evaluate: $(STAMP)
+	$(BIN)/mambastyle evaluate paper --pack $(PACK) --judge $(WEIGHTS)/judge.safetensors --latents-alone \
+		--method mean-w $(foreach model,$(EVALUATE_ALSO),--also $(model)) --report out/evaluate/encoders
+	$(BIN)/mambastyle evaluate paper --pack $(PACK) --judge $(WEIGHTS)/judge.safetensors --count $(EVALUATE_COUNT) \
+		$(foreach model,$(EVALUATE_ALSO),--also $(model)) $(foreach way,$(EVALUATE_METHODS),--method $(way)) \
+		--report out/evaluate/methods
+
+# Trains what is missing, goes on with what was interrupted, then compares all of it.
+ABLATION_RUNS := $(foreach name,$(ABLATION),$(foreach seed,$(ABLATION_SEEDS),runs/ablation-$(name)-$(seed)))
+ablation: $(STAMP)
+	set -e; for name in $(ABLATION); do for seed in $(ABLATION_SEEDS); do \
+		$(BIN)/mambastyle train inversion recipes/ablation/$$name.yaml -s name=ablation-$$name-$$seed -s seed=$$seed \
+			-s steps=$(ABLATION_STEPS) -s restart_steps=$(ABLATION_STEPS); \
+	done; done
+	$(BIN)/mambastyle evaluate ablation $(ABLATION_RUNS) --pack $(PACK) --judge $(WEIGHTS)/judge.safetensors \
+		--directions $(WEIGHTS)/directions.safetensors --report docs/tables/ablation
 
 clean:
 	rm -rf out build dist .pytest_cache .ruff_cache .hypothesis
