@@ -251,6 +251,7 @@ def _save(folder: Path, task: Task, averages: Mapping[str, nn.Module], step: int
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
         # torch may answer the system's error with one of its own.
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
