@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 PYTEST_ARGS ?=
+# Two processes of one thread each, a file's tests in one of them and in their order.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist loadfile --no-loadscope-reorder
 PACK ?= ../shared/data/kaokore256.zip
 WEIGHTS := src/mambastyle/weights/kaokore64
 # Methods that optimise take seconds to a minute a face: they get the first so many of the test faces.
@@ -43,7 +45,7 @@ pictures: demo
 	MAMBASTYLE_PICTURES=docs/pictures $(BIN)/python -m pytest tests/ui
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 # The tests that take longer: exports, Ray, the wheel, killed processes.
 thorough: $(STAMP)
