@@ -152,6 +152,7 @@ def test_the_command_line_names_a_path_that_is_not_utf8(tiny_model_folder, tmp_p
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.thorough
 def test_64_threads_share_one_model(tiny_model_folder, faces):
     inverter = ms.load(tiny_model_folder, device="cpu")
     inverted = inverter.invert(faces[:1])

@@ -222,7 +222,9 @@ def test_the_widest_instructions_are_chosen():
     assert instruction_set() == widest
 
 
-@pytest.mark.parametrize(("features", "lanes"), [("avx2", 8), ("sse4.2", 4)])
+@pytest.mark.parametrize(
+    ("features", "lanes"), [("avx2", 8), pytest.param("sse4.2", 4, marks=pytest.mark.thorough)]
+)
 def test_narrower_instructions_give_the_same_results(features, lanes):
     if not processor_has(features):
         pytest.skip(f"this processor has no {features}")
