@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mambastyle.ops import available_backends, scan_backend, selective_scan, unavailable_reason
-from mambastyle.ops.selective_scan import cpu_threads, reference
+from mambastyle.ops.selective_scan import reference
 
 BACKENDS = ["reference", "numba"]
 # batch, groups, channels per group, state, length, A per image, D per image: every state count that has its
@@ -316,20 +316,6 @@ def test_many_python_threads_may_scan_at_once(monkeypatch):
     for thread in threads:
         thread.join()
     assert wrong == []
-
-
-def test_an_error_in_a_thread_reaches_the_caller(monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    done = []
-
-    def kernel(first, end):
-        if first:
-            raise KeyError("lost")
-        done.extend(range(first, end))
-
-    with pytest.raises(KeyError, match="lost"):
-        cpu_threads.run_ranges(kernel, 9)
-    assert done == [0, 1, 2]
 
 
 def test_auto_is_numba_for_float32_and_reference_for_float64():

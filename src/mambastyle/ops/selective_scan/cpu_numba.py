@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mambastyle.ops.cpu_threads import run_ranges
 from mambastyle.ops.cpu_tiles import clear, scan_tile, scan_tile_back, sum_lanes_of_entries
 from mambastyle.ops.cpu_vectors import LANES, LOG2_E, STATES, kernel, load, splat, store, transpose
 from mambastyle.ops.selective_scan import operator
-from mambastyle.ops.selective_scan.cpu_threads import run_ranges
 
-CHUNK = 64  # steps per tile, and between the states that the backward pass starts from
+CHUNK = 128  # steps per tile, and between the states that the backward pass starts from
 # The backward pass cuts the channels until it has this many tasks; fixed, so that sums do not depend on
 # threads.
 SPLITS = 16
@@ -230,6 +230,11 @@ def _scan_backward(  # type: ignore
 # them all.
 
 
+def _state_steps(u: Tensor, state: int) -> int:
+    """The work of a scan; a step costs as much as six states beside its own (softplus, transposes)."""
+    return u.numel() * (state + 6)
+
+
 def _flat(x: Tensor) -> np.ndarray:
     return x.detach().contiguous().view(-1).numpy()
 
@@ -273,7 +278,7 @@ def scan_op(
             *arrays, delta_softplus, *outputs, keep_starts, *sizes, first, end, u.new_empty(scratch).numpy()
         )
 
-    run_ranges(work, batch * _blocks(channels, groups), parallel=u.numel() * state > SERIAL_STATE_STEPS)
+    run_ranges(work, batch * _blocks(channels, groups), parallel=_state_steps(u, state) > SERIAL_STATE_STEPS)
     return y, last, starts
 
 
@@ -340,7 +345,7 @@ def scan_backward_op(
             *arrays, delta_softplus, _flat(starts), *outputs, *sizes, first, end, u.new_empty(scratch).numpy()
         )
 
-    run_ranges(work, tasks, parallel=4 * u.numel() * state > SERIAL_STATE_STEPS)
+    run_ranges(work, tasks, parallel=4 * _state_steps(u, state) > SERIAL_STATE_STEPS)
     return (
         grad_u,
         grad_delta,

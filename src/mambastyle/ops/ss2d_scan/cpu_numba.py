@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mambastyle.ops.cpu_threads import run_ranges
 from mambastyle.ops.cpu_tiles import clear, scan_tile, scan_tile_back, sum_lanes_of_entries
 from mambastyle.ops.cpu_vectors import (
     LANES,
@@ -29,7 +30,6 @@ from mambastyle.ops.cpu_vectors import (
     splat,
     store,
 )
-from mambastyle.ops.selective_scan.cpu_threads import run_ranges
 from mambastyle.ops.ss2d_scan import operator
 
 CHUNK = 32  # steps per tile, and between the states that the backward pass starts from; a multiple of LANES
