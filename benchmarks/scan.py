@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mambastyle.ops import selective_scan
+from peers import published
 
 
 class Shape(NamedTuple):
@@ -56,24 +57,6 @@ PACKAGES = ("torch", "numba", "numpy", "triton", "mambapy", "mamba_ssm")
 OURS = {"cpu": "numba", "cuda": "triton"}  # what the others are compared with
 
 Scan = Callable[..., Tensor]
-
-
-def published(u, delta, A, B, C, D, delta_bias) -> Tensor:  # type: ignore
-    """The steps of mamba-ssm's `selective_scan_ref`, written from its formula: everything over length at
-    once, then a loop. Its backward pass costs O(length^2), so that only its forward pass is timed.
-    """
-    groups = B.shape[1]
-    group = u.shape[1] // groups
-    delta = F.softplus(delta + delta_bias[:, None])
-    decay = torch.exp(torch.einsum("bdl,dn->bdln", delta, A))
-    drive = torch.einsum("bdl,bdnl,bdl->bdln", delta, B.repeat_interleave(group, dim=1), u)
-    C = C.repeat_interleave(group, dim=1)
-    h = A.new_zeros(u.shape[0], u.shape[1], A.shape[1])
-    steps = []
-    for t in range(u.shape[2]):
-        h = decay[:, :, t] * h + drive[:, :, t]
-        steps.append(torch.einsum("bdn,bdn->bd", h, C[..., t]))
-    return torch.stack(steps, dim=2) + u * D[:, None]
 
 
 def mambapy(u, delta, A, B, C, D, delta_bias) -> Tensor:  # type: ignore

@@ -10,13 +10,12 @@ time. Set OMP_NUM_THREADS to the threads that you ask for.
 """
 
 import argparse
-import contextlib
 import functools
 import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +24,18 @@ from torch import Tensor
 
 from mambastyle.api import Stylizer, load_stylizer
 from mambastyle.evaluation.memory import peak_memory
-from mambastyle.models import mamba_st, samam
 from mambastyle.models.mamba_st import MambaST, MambaSTConfig
 from mambastyle.models.samam import SAMAM_PATCH4, SaMam, SaMamConfig
-from mambastyle.nn import ss2d
+from mambastyle.ops import ss2d_scan
+from peers import swapped
 
 MODELS: dict[str, Callable[[], SaMam | MambaST]] = {
     "samam": lambda: SaMam(SaMamConfig()),
     "samam-patch4": lambda: SaMam(SAMAM_PATCH4),
     "mamba-st": lambda: MambaST(MambaSTConfig()),
 }
-_SCANNING = (samam, mamba_st, ss2d)  # the modules that call ss2d_scan
-
-
-@contextlib.contextmanager
-def plain_scan() -> Iterator[None]:
-    """The networks' scan in plain PyTorch, a step at a time: the reference backend."""
-    fast = [module.ss2d_scan for module in _SCANNING]
-    for module, scan in zip(_SCANNING, fast, strict=True):
-        module.ss2d_scan = functools.partial(scan, backend="reference")
-    try:
-        yield
-    finally:
-        for module, scan in zip(_SCANNING, fast, strict=True):
-            module.ss2d_scan = scan
+# In plain PyTorch, a step at a time.
+plain_scan = functools.partial(ss2d_scan, backend="reference")
 
 
 def timed(run: Callable[[], Any], threads: int) -> float:
@@ -71,12 +58,12 @@ def against_plain(stylizer: Stylizer, size: int, repeats: int, threads: int) -> 
         return stylizer.stylize(content, style, output="tensor")
 
     fast = run()  # compiles, and encodes the style
-    with plain_scan():
+    with swapped(plain_scan):
         difference = float((run() - fast).abs().max())
     seconds: dict[str, list[float]] = {"fast": [], "plain": []}
     for _ in range(repeats):
         seconds["fast"].append(timed(run, threads))
-        with plain_scan():
+        with swapped(plain_scan):
             seconds["plain"].append(timed(run, threads))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {

@@ -1,0 +1,201 @@
+"""Times whole models: milliseconds, where they go, and the same model with the scan as published.
+
+    python benchmarks/models.py                       # the four cases, one picture each
+    python benchmarks/models.py --cases kaokore64 --no-published
+    python benchmarks/models.py --train               # training steps, pictures per second
+
+"published": the four orders copied, exp(delta A) made for all steps, a loop in PyTorch (`peers.py`); training
+compares with our plain PyTorch backend instead, since the published loop's backward pass is quadratic.
+Contestants take turns within each repeat; figures are medians of wall time, so let nothing else run. Weights
+are random but for kaokore64's. Shares are PyTorch's profiler's own times of operators; what the operators
+leave (Python, and waiting) counts as rest.
+"""
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from mambastyle.api import Inverter, Stylizer, load_inverter
+from mambastyle.evaluation.cost import GENERATORS
+from mambastyle.latents.directions import Direction, Directions
+from mambastyle.models.mamba_st import MambaST, MambaSTConfig
+from mambastyle.models.mambastyle import CONFIGS, MambaStyle
+from mambastyle.models.samam import SaMam, SaMamConfig
+from mambastyle.models.stylegan2 import Generator
+from mambastyle.ops import ss2d_scan
+from mambastyle.training.config import read_run_file
+from mambastyle.training.inversion import InversionConfig, InversionTask
+from mambastyle.training.random import StepRandom
+from mambastyle.training.style_transfer import StyleTransferConfig, StyleTransferTask
+from peers import published_ss2d, swapped
+
+ROOT = Path(__file__).parents[1]
+Run = Callable[[], Any]
+
+
+def random_picture(size: int, seed: int = 0) -> Tensor:
+    return torch.rand(3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def editing(inverter: Inverter, direction: str) -> Run:
+    """One picture inverted, edited and rendered."""
+    picture = random_picture(inverter.resolution)
+
+    def run() -> Tensor:
+        edited = inverter.edit(inverter.invert(picture), {direction: 1.0})
+        return inverter.render(edited, output="tensor")
+
+    return run
+
+
+def kaokore64() -> Run:
+    inverter = load_inverter("kaokore64", device="cpu")
+    return editing(inverter, next(iter(inverter.directions)))
+
+
+def faces1024() -> Run:
+    torch.manual_seed(0)
+    generator = Generator(GENERATORS["faces1024"])
+    size, count = generator.config.w_dim, generator.config.num_ws
+    directions = Directions([Direction.from_w("smile", torch.randn(size) / size**0.5, count)])
+    return editing(Inverter(MambaStyle(CONFIGS["faces1024"]), generator, directions, device="cpu"), "smile")
+
+
+def stylizing(make: Callable[[], SaMam | MambaST], size: int) -> Run:
+    """One content in a style that is known already."""
+    torch.manual_seed(0)
+    stylizer = Stylizer(make(), device="cpu")
+    content, style = random_picture(size), random_picture(size, seed=1)
+
+    def run() -> Tensor:
+        return stylizer.stylize(content, style, output="tensor")
+
+    return run
+
+
+CASES: dict[str, tuple[str, Callable[[], Run]]] = {
+    "kaokore64": ("invert and edit, 64 px", kaokore64),
+    "samam": ("512 px, patch 8", lambda: stylizing(lambda: SaMam(SaMamConfig()), 512)),
+    "mamba-st": ("256 px", lambda: stylizing(lambda: MambaST(MambaSTConfig()), 256)),
+    "faces1024": ("invert and edit, 1024 px", faces1024),
+}
+TRAININGS = {
+    "inversion-kaokore64": (InversionConfig, InversionTask, {}),
+    "samam-small": (StyleTransferConfig, StyleTransferTask, {"start": None}),
+}
+
+
+def training(name: str) -> tuple[Run, int]:
+    """A step of a preset's recipe, and its batch."""
+    config_type, task_type, changes = TRAININGS[name]
+    os.chdir(ROOT)
+    config: Any = read_run_file(ROOT / "recipes" / f"{name}.yaml", config_type, changes)
+    task: Any = task_type(config, torch.device("cpu"))
+    steps = iter(range(10**6))
+
+    def run() -> None:
+        random = StepRandom(0, next(steps), config.batch)
+        for player in task.players:
+            player.optimizer.zero_grad(set_to_none=True)
+            with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+                terms = player.terms(random)
+            torch.stack([player.weights[key] * term.float() for key, term in terms.items()]).sum().backward()
+            player.optimizer.step()
+
+    return run, config.batch
+
+
+def seconds(run: Run) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def in_turns(run: Run, scans: dict[str, Callable[..., Tensor]], repeats: int) -> dict[str, float]:
+    """Medians of seconds, by scan; after a warm-up each, and a slow one does not run often."""
+    times: dict[str, list[float]] = {}
+    for name, scan in scans.items():
+        with swapped(scan):
+            times[name] = []
+            warm = seconds(run)
+            if warm > 20:
+                times[name] = [warm]
+    for _ in range(repeats):
+        for name, scan in scans.items():
+            if len(times[name]) * max(times[name], default=0) < 20:
+                with swapped(scan):
+                    times[name].append(seconds(run))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def shares(run: Run) -> dict[str, Any]:
+    """Where the time of a run goes: products and convolutions, the scan, and the rest with its largest."""
+    run()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        whole = 1e6 * seconds(run)
+    products = ("mm", "convolution", "linear", "onednn", "mkldnn")
+    sums, rest = {"products": 0.0, "scan": 0.0}, {}
+    for event in profiler.key_averages():
+        if event.key.startswith("mambastyle::"):
+            sums["scan"] += event.self_cpu_time_total
+        elif event.key.startswith("aten::") and any(word in event.key for word in products):
+            sums["products"] += event.self_cpu_time_total
+        elif event.key.startswith("aten::"):
+            rest[event.key.removeprefix("aten::")] = event.self_cpu_time_total / whole
+    found: dict[str, Any] = {name: value / whole for name, value in sums.items()}
+    found["rest"] = 1 - sum(found.values())
+    largest = sorted(rest, key=lambda name: -rest[name])[:4]
+    return found | {"of the rest": ", ".join(f"{name} {rest[name]:.3f}" for name in largest)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--train", action="store_true", help="training steps instead")
+    parser.add_argument("--cases", nargs="+", choices=[*CASES, *TRAININGS], help="default: all of the kind")
+    parser.add_argument("--no-published", action="store_true", help="time and shares of ours alone")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    report: dict[str, Any] = {"threads": arguments.threads, "load_average": os.getloadavg()[0]}
+    for name in arguments.cases or (TRAININGS if arguments.train else CASES):
+        figures: dict[str, Any] = {}
+        scans: dict[str, Callable[..., Tensor]] = {"ours": ss2d_scan}
+        if name in TRAININGS:
+            what = "training step"
+            run, batch = training(name)
+            scans["plain"] = functools.partial(ss2d_scan, backend="reference")
+        else:
+            (what, make), batch = CASES[name], 1
+            run = make()
+            scans["published"] = published_ss2d
+        if arguments.no_published:
+            scans = {"ours": ss2d_scan}
+        times = in_turns(run, scans, arguments.repeats)
+        for scan, taken in times.items():
+            figures[f"{scan}_ms"] = 1e3 * taken
+            figures[f"{scan}_pictures_per_second"] = batch / taken
+            if scan != "ours":
+                figures["ratio"] = taken / times["ours"]
+        figures |= shares(run)
+        report[name] = {"what": what, **figures}
+        print(name, what, *(f"{k} {v:.4g}" if isinstance(v, float) else f"({v})" for k, v in figures.items()))
+        if arguments.json:
+            arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
