@@ -64,6 +64,21 @@ def test_the_pixel_term_sees_a_checkerboard():
     assert losses.pixel_style(smooth + 0.2 * board, smooth) > 0.1
 
 
+def test_the_grid_term_sees_patches_strong_or_faint_and_nothing_else():
+    noise = torch.rand(2, 3, 48, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert losses.grid(noise, 4) < 0.01
+    assert losses.grid(torch.zeros(1, 3, 9, 11), 4) == 0
+    columns = torch.arange(64) // 4 % 2  # squares of 4 px
+    rows = torch.arange(48)[:, None] // 4 % 2
+    for strength in (0.02, 0.5):
+        squares = strength * (columns + rows).expand(2, 3, -1, -1)
+        assert losses.grid(squares, 4) > 0.1
+        # On another grid the same steps fall on every place.
+        assert losses.grid(squares, 3) < 0.1 * losses.grid(squares, 4)
+    with pytest.raises(ValueError, match="patches of 2 px or more, two a side"):
+        losses.grid(noise, 48)
+
+
 def test_gradients_are_right_and_finite_on_a_flat_map():
     random = torch.Generator().manual_seed(0)
     first = torch.randn(1, 2, 3, 4, dtype=torch.float64, generator=random, requires_grad=True)

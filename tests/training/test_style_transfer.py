@@ -95,9 +95,9 @@ def test_a_step_gives_the_published_terms(packs, network):
 
 @pytest.mark.usefixtures("_judge")
 def test_terms_follow_their_weights(packs):
-    weights = {"identity_1": 0, "identity_2": 0, "pixel_style": 1.0, "total_variation": 1.0}
+    weights = {"identity_1": 0, "identity_2": 0, "pixel_style": 1.0, "total_variation": 1.0, "grid": 1.0}
     terms = make_task(packs, weights=weights).terms(StepRandom(0, 0, 4))
-    assert set(terms) == {"content", "style", "pixel_style", "total_variation"}
+    assert set(terms) == {"content", "style", "pixel_style", "total_variation", "grid"}
     terms = make_task(packs, weights={"content": 0, "style": 0}, identity_share=0.3).terms(
         StepRandom(0, 0, 4)
     )

@@ -104,6 +104,25 @@ def haar_bands(image: Float[Tensor, "batch 3 height width"]) -> dict[str, Float[
     return {"colour": mean[:, :3], "edges": torch.cat([step, mean[:, 3:]], 1)}
 
 
+def grid(image: Float[Tensor, "batch 3 height width"], patch: int) -> Float[Tensor, ""]:
+    """How unevenly the steps from pixel to pixel lie within patches of `patch` px: 0 if the grid is unseen.
+
+    Not in the papers. A decoder's patches show where steps of one place within a patch are larger than those
+    of the others. For each picture and axis: the variance over the places of the log of their mean square,
+    which strong edges decide, and of the mean log square, which flat regions decide too.
+    """
+    if patch < 2 or min(image.shape[2:]) <= patch:
+        raise ValueError(f"expected patches of 2 px or more, two a side, got {patch} in {tuple(image.shape)}")
+    spreads = []
+    for axis in (2, 3):
+        squares = image.float().diff(dim=axis).square().movedim(axis, -1)  # (batch, 3, across, along)
+        places = squares[..., : squares.shape[-1] // patch * patch].unflatten(-1, (-1, patch))
+        # Steps below a hundredth (1.3 of 255 levels) are flat.
+        for logs in (places.mean((1, 2, 3)).add(1e-4).log(), places.add(1e-4).log().mean((1, 2, 3))):
+            spreads.append(logs.var(1, correction=0).mean())
+    return torch.stack(spreads).mean()
+
+
 def normalise(maps: Float[Tensor, "batch channels _ _"]) -> Float[Tensor, "batch channels _ _"]:
     """Every channel of every picture to mean 0 and deviation 1."""
     mean, deviation = statistics(maps)

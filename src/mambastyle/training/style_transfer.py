@@ -78,6 +78,8 @@ class WeightsSection(Section):
     # Not in the papers: VGG's first layer sees single pixels, SqueezeNet's does not.
     pixel_style: float = Field(default=0.0, ge=0)
     total_variation: float = Field(default=0.0, ge=0)
+    grid: float = Field(default=0.0, ge=0)
+    """On the network's own patches: `losses.style_transfer.grid`."""
 
 
 class StyleTransferConfig(RunConfig):
@@ -222,6 +224,8 @@ class StyleTransferTask:
             terms["pixel_style"] = losses.pixel_style(stylized, style)
         if weights["total_variation"]:
             terms["total_variation"] = total_variation(stylized)
+        if weights["grid"]:
+            terms["grid"] = losses.grid(stylized, self.config.model.patch)
         return terms
 
     def identity_terms(self, again: Tensor, picture: Tensor, maps: Maps) -> Terms:
