@@ -224,9 +224,10 @@ class SAIN(nn.Module):
         mean = code.mean((2, 3))
         gamma = F.leaky_relu(self.gamma(mean), 0.1)[:, :, None, None] + (self.base or 0.0)
         beta = F.leaky_relu(self.beta(mean), 0.1)[:, :, None, None]
-        # Not F.instance_norm: it refuses a map of one position.
-        variance, centre = torch.var_mean(x, dim=(2, 3), correction=0, keepdim=True)
-        return (x - centre) * torch.rsqrt(variance + 1e-5) * gamma + beta
+        # Not F.instance_norm: it refuses a map of one position. Not var_mean: several times slower on a CPU.
+        centred = x - x.mean((2, 3), keepdim=True)
+        variance = centred.square().mean((2, 3), keepdim=True)
+        return torch.addcmul(beta, centred, torch.rsqrt(variance + 1e-5) * gamma)
 
 
 class SConv(nn.Module):

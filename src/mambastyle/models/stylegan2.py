@@ -201,11 +201,14 @@ class SynthesisLayer(nn.Module):
         # The leaky ReLU is homogeneous: its gain of sqrt(2) goes into the factors before it, one pass less.
         gain = math.sqrt(2)
         scale = (demodulation(energy, style) * gain).to(x.dtype)[:, :, None, None]
-        x = torch.addcmul((self.bias * gain).to(x.dtype)[:, None, None], x, scale)
+        # In place where nothing needs what was there: fresh memory costs more than the arithmetic.
+        keep = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        bias = (self.bias * gain).to(x.dtype)[:, None, None]
+        x = torch.addcmul(bias, x, scale, out=None if keep else x)
         added = self.noise(x, noise, generator)
         if added is not None:
-            x = x + (added * self.noise_strength * gain).to(x.dtype)
-        x = F.leaky_relu(x, 0.2)
+            x = x.add_((added * self.noise_strength * gain).to(x.dtype))
+        x = F.leaky_relu(x, 0.2, inplace=True)
         return x if self.clamp is None else x.clamp(-self.clamp * gain, self.clamp * gain)
 
     def _weight_and_energy(self) -> tuple[Tensor, Tensor]:

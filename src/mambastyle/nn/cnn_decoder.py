@@ -54,7 +54,7 @@ class CNNDecoder(nn.Module):
                 x = F.interpolate(x, scale_factor=2, mode="nearest")
             x = conv(F.pad(x, (1, 1, 1, 1), mode="reflect"))
             if number < len(self.convs) - 1:
-                x = F.relu(x)
+                x = F.relu(x, inplace=True)
         return x
 
     def decode_strips(
