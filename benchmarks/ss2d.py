@@ -1,6 +1,7 @@
 """Times the fused scan of a grid, and a training step of the model that is built on it.
 
     python benchmarks/ss2d.py                      # ss2d_scan against the scan of four reordered copies
+    python benchmarks/ss2d.py --only fused published    # against PyTorch alone, forward
     python benchmarks/ss2d.py --step               # encoder and fuser of KAOKORE64, forward and backward
     python benchmarks/ss2d.py --device cuda        # the scan on a GPU
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from mambastyle.models.mambastyle import KAOKORE64, Encoder, Fuser
 from mambastyle.ops import cross_paths, selective_scan, ss2d_scan
+from peers import published_ss2d
 from scan import seconds
 
 
@@ -80,6 +82,12 @@ def fused(*inputs: Any) -> Tensor:
     return ss2d_scan(*tensors, cross_paths(height, width, device=tensors[0].device))  # type: ignore
 
 
+def published(*inputs: Any) -> Tensor:
+    """VMamba's PyTorch route; its backward pass costs O(length^2), so that only its forward pass is timed."""
+    *tensors, height, width = inputs
+    return published_ss2d(*tensors, cross_paths(height, width))
+
+
 def make_inputs(shape: Shape, device: str) -> list[Tensor]:
     """Steps of about 0.05 and decays like Mamba's at the start of training."""
     generator = torch.Generator().manual_seed(0)
@@ -95,6 +103,9 @@ def make_inputs(shape: Shape, device: str) -> list[Tensor]:
     tensors += [normal(batch, length, 4, state), normal(batch, length, 4, state)]
     tensors += [torch.ones(4, channels), torch.full((4, channels), -3.0)]
     return [x.to(device).requires_grad_() for x in tensors]
+
+
+SCANS: dict[str, Callable[..., Tensor]] = {"fused": fused, "unfused": unfused, "published": published}
 
 
 def passes(scan: Callable[..., Tensor], shape: Shape, inputs: list[Tensor]) -> dict[str, Callable[[], Any]]:
@@ -153,7 +164,7 @@ def main() -> None:
     parser.add_argument("--step", action="store_true", help="the training step instead of the scan")
     parser.add_argument("--batch", type=int, default=16, help="of the training step")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
-    parser.add_argument("--only", nargs="+", choices=["fused", "unfused"], default=["fused", "unfused"])
+    parser.add_argument("--only", nargs="+", choices=list(SCANS), default=["fused", "unfused"])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of the scan")
@@ -170,12 +181,12 @@ def main() -> None:
     if arguments.step:
         note("kaokore64 step", measure({"step": training_step(arguments.batch)}, arguments.repeats, "cpu"))
     else:
-        scans = {"fused": fused, "unfused": unfused}
         for name in arguments.shapes:
             inputs = make_inputs(SHAPES[name], arguments.device)
-            kinds = {scan: passes(scans[scan], SHAPES[name], inputs) for scan in arguments.only}
+            kinds = {scan: passes(SCANS[scan], SHAPES[name], inputs) for scan in arguments.only}
             for kind in ("forward", "forward+backward"):
-                runs = {scan: kinds[scan][kind] for scan in arguments.only}
+                timed = [scan for scan in arguments.only if kind == "forward" or scan != "published"]
+                runs = {scan: kinds[scan][kind] for scan in timed}
                 note(f"{name} {kind}", measure(runs, arguments.repeats, arguments.device))
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
