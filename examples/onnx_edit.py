@@ -2,7 +2,9 @@
 
 mambastyle export kaokore64 --out onnx
 python examples/onnx_edit.py onnx examples/kaokore_00007421.webp gender=1.5 noble=-1
-python examples/onnx_edit.py onnx photo.jpg painting.jpg        (of a model that stylizes)
+
+mambastyle export samam-small --out onnx-samam
+python examples/onnx_edit.py onnx-samam photo.jpg painting.jpg
 """
 
 import sys
@@ -46,8 +48,9 @@ def stylize(folder: Path, content: Path, style: Path) -> np.ndarray:
     session = onnxruntime.InferenceSession(folder / "stylize.onnx")
     inputs = {"content": read(content), "code": code}
     for orders in session.get_inputs()[2:]:
-        # Mamba-ST sees the style's tokens in a random order in each layer; a position is 8 px wide.
-        positions = np.prod([max(2, -(-size // 8)) for size in inputs["content"].shape[2:]])
+        # Mamba-ST sees the style's tokens in a random order in each layer.
+        patch = int(session.get_modelmeta().custom_metadata_map["patch"])
+        positions = np.prod([max(2, -(-size // patch)) for size in inputs["content"].shape[2:]])
         random = np.random.default_rng(0)
         inputs["orders"] = np.stack([random.permutation(positions) for _ in range(orders.shape[1])])[None]
     return session.run(None, inputs)[0]
@@ -57,7 +60,7 @@ if __name__ == "__main__":
     if len(sys.argv) < 4:
         sys.exit(__doc__)
     folder, picture, rest = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
-    stylizes = (folder / "stylize.onnx").exists()
+    stylizes = not any("=" in word for word in rest)
     out = Path(f"{picture.stem}.{'stylized' if stylizes else 'edited'}.png")
     write(out, stylize(folder, picture, Path(rest[0])) if stylizes else edit(folder, picture, rest))
     print(out)

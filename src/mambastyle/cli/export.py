@@ -32,19 +32,22 @@ def export(
 
         mambastyle export kaokore64 --out onnx
 
-        mambastyle export samam-small --out onnx
+        mambastyle export samam-small --out onnx-samam
     """
     from mambastyle.api import Inverter, load
     from mambastyle.export import onnx
 
     loaded = load(model, device="cpu")
+    metadata = {"model": loaded.name}
+    if not isinstance(loaded, Inverter):
+        metadata["patch"] = str(loaded.network.config.patch)
     for graph in onnx.graphs(loaded if isinstance(loaded, Inverter) else loaded.network):
         path = out / f"{graph.name}.{kind.value}"
         if kind is Kind.pt2:
             onnx.save_program(graph, path)
             typer.echo(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
             continue
-        onnx.save_onnx(graph, path, {"model": loaded.name})
+        onnx.save_onnx(graph, path, metadata)
         worst = f", {onnx.check(graph, path):.1e} from the model at most" if check else ""
         typer.echo(f"{path}: {path.stat().st_size / 2**20:.1f} MiB{worst}")
     if isinstance(loaded, Inverter) and len(loaded.directions):
