@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.published_files import MODEL
 
 import mambastyle as ms
 from mambastyle import checkpoints, images
@@ -21,27 +22,6 @@ from mambastyle.training.random import StepRandom
 
 GENERATOR = StyleGAN2Config(
     resolution=32, z_dim=8, w_dim=24, mapping_layers=2, widths=(8, 8, 12, 8), feature_layer=0
-)
-MODEL = MambaStyleConfig(
-    image_size=32,
-    num_ws=8,
-    w_dim=24,
-    widths=(8, 8, 8, 12),
-    blocks=(1, 1, 1, 1),
-    strides=(2, 1, 2, 2),
-    fpn_width=8,
-    position_patch=4,
-    position_grid=5,
-    latent_split=(2, 2, 4),
-    head_pools=((4, 3, 3), (4, 3, 3), (4, 2, 2)),
-    feature_channels=12,
-    feature_layer=5,
-    direction_tokens=8,
-    direction_grid=4,
-    direction_width=8,
-    direction_widths=(8, 8, 8),
-    state=2,
-    expand=1,
 )
 CPU = torch.device("cpu")
 RECIPES = Path(__file__).parents[2] / "recipes"
