@@ -176,7 +176,10 @@ def test_a_job_killed_in_the_middle_goes_on_and_does_nothing_twice(
         if line["key"] in done:
             assert [(out / name).stat().st_mtime_ns for name in line["outputs"]] == done[line["key"]]
     if per_tar:
-        members = [name for path in out.glob("*.tar") for name in tarfile.open(path).getnames()]  # noqa: SIM115
+        members = []
+        for path in out.glob("*.tar"):
+            with tarfile.open(path) as archive:
+                members += archive.getnames()
     else:
         members = [path.name for path in out.glob("*.png")]
     assert len(members) == len(set(members)) == 40
