@@ -32,6 +32,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=0, help="train so many steps, kill, go on, compare")
+    parser.add_argument("--learning-rate", type=float, default=5e-4, help="of --steps; the recipe's if not given")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--no-judges", action="store_true", help="leave LPIPS, ArcFace and face parsing out")
     parser.add_argument("--json", type=Path)
@@ -106,7 +107,7 @@ def make_weights(folder: Path, name: str, arguments: argparse.Namespace) -> dict
     return {"files": sorted(path.name for path in weights.iterdir())}
 
 
-def read(folder: Path, name: str, arguments: argparse.Namespace, **changes: Any) -> Any:
+def read(folder: Path, name: str, arguments: argparse.Namespace, /, **changes: Any) -> Any:
     """The recipe as it is, but for batch, length and precision."""
     from mambastyle.training.config import read_run_file
     from mambastyle.training.inversion import InversionConfig
@@ -175,7 +176,10 @@ def edit(folder: Path, name: str, arguments: argparse.Namespace) -> dict[str, An
 
 
 def train(folder: Path, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Some steps: do they lower the loss; and does a run that was killed end where a whole one does?"""
+    """Some steps: do they lower the loss; and does a run that was killed end where a whole one does?
+
+    Every step has another picture, so the loss is also that of four pictures that no step draws.
+    """
     import torch
 
     from mambastyle.training import inversion
@@ -185,7 +189,7 @@ def train(folder: Path, name: str, arguments: argparse.Namespace) -> dict[str, A
     steps, middle = arguments.steps, max(arguments.steps // 2, 1)
     if os.environ.get("FULL_SIZE_RUN"):
         changes = {"steps": steps, "checkpoint_every": middle, "log_every": 1, "sample_every": steps + 1}
-        changes |= {"name": os.environ["FULL_SIZE_RUN"], "keep_checkpoints": 9, "learning_rate": 1e-3}
+        changes |= {"name": os.environ["FULL_SIZE_RUN"], "learning_rate": arguments.learning_rate}
         inversion.run(read(folder, name, arguments, **changes))
         return {}
     runs = {}
@@ -203,9 +207,31 @@ def train(folder: Path, name: str, arguments: argparse.Namespace) -> dict[str, A
         runs[title] = state["modules"]["model"]
         if title == "whole":
             lines = (folder / "runs" / title / "log.jsonl").read_text().splitlines()
-    losses = [total(json.loads(line), read(folder, name, arguments).weights.model_dump()) for line in lines]
+    config = read(folder, name, arguments)
+    losses = [total(json.loads(line), config.weights.model_dump()) for line in lines]
     same = all(torch.equal(value, runs["killed"][key]) for key, value in runs["whole"].items())
-    return {"losses": [round(loss, 4) for loss in losses], "killed_run_ends_with_the_same_weights": same}
+    torch.manual_seed(config.seed)  # as the run does before it makes its model
+    task = inversion.InversionTask(config, torch.zeros(0).device)
+    before = held_out(task)
+    task.model.load_state_dict(runs["killed"])
+    return {
+        "losses": [round(loss, 4) for loss in losses],
+        "held_out": [round(before, 4), round(held_out(task), 4)],
+        "learning_rate": arguments.learning_rate,
+        "killed_run_ends_with_the_same_weights": same,
+    }
+
+
+def held_out(task: Any) -> float:
+    """The loss of four pictures that no step of the run draws."""
+    import torch
+
+    from mambastyle.training.random import StepRandom
+
+    task.model.eval()
+    with torch.no_grad():
+        terms = [task.terms(StepRandom(7, number, 1)) for number in range(4)]
+    return sum(total({key: float(v) for key, v in each.items()}, task.weights) for each in terms) / 4
 
 
 def total(line: dict[str, float], weights: dict[str, float]) -> float:

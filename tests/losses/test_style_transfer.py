@@ -79,6 +79,19 @@ def test_the_grid_term_sees_patches_strong_or_faint_and_nothing_else():
         losses.grid(noise, 48)
 
 
+def test_the_grid_of_two_patches_sees_what_alternates_between_them():
+    noise = torch.rand(2, 3, 96, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert losses.grid(noise, 8) < 0.01
+    alternating = noise * (1 + torch.arange(128) // 4 % 2)  # every other patch of 4 px is twice as rough
+    assert losses.grid(alternating, 8) > 5 * losses.grid(alternating, 4)
+
+
+def test_two_draws_of_the_shuffles_are_compared_in_unit_range():
+    stylized = torch.zeros(1, 3, 4, 4)
+    assert losses.shuffles(stylized, stylized) == 0
+    assert losses.shuffles(stylized, stylized + 0.2) == pytest.approx(0.01)
+
+
 def test_gradients_are_right_and_finite_on_a_flat_map():
     random = torch.Generator().manual_seed(0)
     first = torch.randn(1, 2, 3, 4, dtype=torch.float64, generator=random, requires_grad=True)

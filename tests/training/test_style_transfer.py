@@ -105,6 +105,34 @@ def test_terms_follow_their_weights(packs):
 
 
 @pytest.mark.usefixtures("_judge")
+def test_the_grid_is_looked_at_in_as_many_patches_as_asked_for(packs):
+    one, two = (
+        make_task(packs, weights={"grid": 1.0}, grid_patches=patches).terms(StepRandom(0, 0, 4))
+        for patches in (1, 2)
+    )
+    assert one["grid"] != two["grid"]
+    assert one["style"] == two["style"]
+
+
+@pytest.mark.usefixtures("_judge")
+def test_two_draws_of_the_shuffles_are_compared(packs):
+    off = {"content": 0, "style": 0, "identity_1": 0, "identity_2": 0}
+    weights = off | {"pixel_style": 1, "shuffle": 5.0}
+    task = make_task(packs, "mamba-st", weights=weights, identity_share=0.5)
+    terms = task.terms(StepRandom(0, 0, 4))
+    assert set(terms) == {"pixel_style", "shuffle"}
+    assert terms["shuffle"] > 0
+    terms["shuffle"].backward()
+    assert task.model.st_decoder[0].ss2d.in_style_proj.weight.grad.abs().max() > 0
+    with pytest.raises(ValueError, match="needs a network that shuffles"):
+        make_config(packs, "samam", weights={"shuffle": 1.0})
+    with pytest.raises(ValueError, match="needs a network that shuffles"):
+        make_config(
+            packs, "mamba-st", model=MODELS["mamba-st"] | {"shuffle": False}, weights={"shuffle": 1.0}
+        )
+
+
+@pytest.mark.usefixtures("_judge")
 @pytest.mark.parametrize("network", MODELS)
 def test_training_lowers_the_loss(packs, network):
     task = make_task(packs, network, learning_rate=3e-3, decay=0.0)

@@ -81,6 +81,17 @@ def identity_features(
     )
 
 
+def shuffles(
+    stylized: Float[Tensor, "batch 3 height width"], again: Float[Tensor, "batch 3 height width"]
+) -> Float[Tensor, ""]:
+    """How much a picture of Mamba-ST depends on its random shuffles: squared difference under two draws.
+
+    Not in the papers. What one draw has and another lacks belongs to neither picture: it shows as blotches in
+    flat regions, and as flicker where seeds change.
+    """
+    return F.mse_loss(stylized, again) / 4  # in [0, 1]
+
+
 def pixel_style(
     stylized: Float[Tensor, "batch 3 _ _"], style_picture: Float[Tensor, "batch 3 _ _"]
 ) -> Float[Tensor, ""]:
@@ -108,7 +119,8 @@ def grid(image: Float[Tensor, "batch 3 height width"], patch: int) -> Float[Tens
     """How unevenly the steps from pixel to pixel lie within patches of `patch` px: 0 if the grid is unseen.
 
     Not in the papers. A decoder's patches show where steps of one place within a patch are larger than those
-    of the others. For each picture and axis: the variance over the places of the log of their mean square,
+    of the others; twice the decoder's patch also sees what alternates from patch to patch, as zigzag walks
+    do. For each picture and axis: the variance over the places of the log of their mean square,
     which strong edges decide, and of the mean log square, which flat regions decide too.
     """
     if patch < 2 or min(image.shape[2:]) <= patch:

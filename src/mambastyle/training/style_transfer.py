@@ -80,6 +80,8 @@ class WeightsSection(Section):
     total_variation: float = Field(default=0.0, ge=0)
     grid: float = Field(default=0.0, ge=0)
     """On the network's own patches: `losses.style_transfer.grid`."""
+    shuffle: float = Field(default=0.0, ge=0)
+    """Mamba-ST alone: `losses.style_transfer.shuffles`."""
 
 
 class StyleTransferConfig(RunConfig):
@@ -94,7 +96,9 @@ class StyleTransferConfig(RunConfig):
     judge: JudgeSection = JudgeSection()
     weights: WeightsSection = WeightsSection()
     identity_share: float = Field(default=1.0, gt=0, le=1)
-    """The share of the batch on which the identity terms are computed."""
+    """The share of the batch on which the identity terms are computed, and that of the shuffle."""
+    grid_patches: int = Field(default=1, ge=1)
+    """Patches a side that the grid's term takes for one: 2 also sees what alternates from patch to patch."""
 
     learning_rate: float = 1e-4
     warm_up: int = Field(default=0, ge=0)
@@ -106,6 +110,12 @@ class StyleTransferConfig(RunConfig):
     @classmethod
     def _read_model(cls, values: Any, info: Any) -> Any:
         return _model_config(info.data["network"], values) if "network" in info.data else values
+
+    @model_validator(mode="after")
+    def _check_shuffle(self) -> "StyleTransferConfig":
+        if self.weights.shuffle and not (isinstance(self.model, MambaSTConfig) and self.model.shuffle):
+            raise ValueError("weights.shuffle needs a network that shuffles (mamba-st): set it to 0")
+        return self
 
 
 def _model_config(network: str, values: Any) -> Any:
@@ -190,6 +200,9 @@ class StyleTransferTask:
             of_content, of_style = self.judge(content), self.judge(style)
         stylized = self.stylize(content, style, random, "shuffle")
         terms = self.style_transfer_terms(stylized, style, of_content, of_style)
+        if self.weights["shuffle"]:
+            again = self.stylize(content[:share], style[:share], random, "shuffle again")
+            terms["shuffle"] = losses.shuffles(stylized[:share], again)
         if self.weights["identity_1"] or self.weights["identity_2"]:
             for name, picture, maps in (("content", content, of_content), ("style", style, of_style)):
                 picture = picture[:share]
@@ -225,7 +238,7 @@ class StyleTransferTask:
         if weights["total_variation"]:
             terms["total_variation"] = total_variation(stylized)
         if weights["grid"]:
-            terms["grid"] = losses.grid(stylized, self.config.model.patch)
+            terms["grid"] = losses.grid(stylized, self.config.model.patch * self.config.grid_patches)
         return terms
 
     def identity_terms(self, again: Tensor, picture: Tensor, maps: Maps) -> Terms:
