@@ -165,6 +165,19 @@ def test_the_seed_decides_the_shuffles_and_nothing_else_does(stylizer):
     assert torch.equal(mixed[0], mixed[2]) != shuffled
 
 
+def test_the_average_of_many_shuffles_depends_less_on_the_seed(stylizer):
+    def spread(average: int) -> float:
+        drawn = [run(stylizer, PHOTO, STYLE, seed=seed, average=average) for seed in range(4)]
+        return float(torch.stack(drawn).var(0).mean())
+
+    if isinstance(stylizer.network, MambaST):
+        assert spread(8) < 0.5 * spread(1)
+    else:
+        assert spread(8) == spread(1) == 0
+    with pytest.raises(ValueError, match="average is 0, expected 1 or more"):
+        run(stylizer, PHOTO, STYLE, average=0)
+
+
 def test_a_style_is_encoded_once(stylizer, monkeypatch):
     calls = []
     original = stylizer.network.encode_style

@@ -54,13 +54,14 @@ def pixels(path):
 
 
 def test_folders_times_folders_equal_the_python_call(run, faces, styles, model):
-    code, out, err = run(faces[0].parent, "-s", styles, "--strength", 0.7, "--keep-color", "--seed", 3)
+    options = ["--strength", 0.7, "--keep-color", "--seed", 3, "--average", 2]
+    code, out, err = run(faces[0].parent, "-s", styles, *options)
     assert (code, err) == (0, "")
     assert "6 done, written to out" in out
     assert names() == sorted(f"face{i}.{style}.png" for i in range(3) for style in ("red", "blue"))
     stylizer = ms.load(model, device="cpu")
-    options = {"strength": 0.7, "keep_color": True, "seed": 3, "output": "numpy"}
-    expected = stylizer.stylize(faces[1], styles / "red.png", **options)
+    same = {"strength": 0.7, "keep_color": True, "seed": 3, "average": 2, "output": "numpy"}
+    expected = stylizer.stylize(faces[1], styles / "red.png", **same)
     assert np.array_equal(pixels("out/face1.red.png"), expected)
 
 

@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +34,13 @@ _FEATHER = 1 / 128  # deviation of a mask's soft edge over the picture's short s
 
 class StylizeWarning(UserWarning):
     """Something that was done otherwise than asked: weights that were normalised, a mask that is empty."""
+
+
+class Shuffles(NamedTuple):
+    """What Mamba-ST draws at random: from which seed, and how many draws are averaged."""
+
+    seed: int
+    average: int
 
 
 def load_stylizer(source: str | os.PathLike[str], *, device: str | torch.device | None = None) -> "Stylizer":
@@ -125,6 +132,7 @@ class Stylizer:
         weights: Sequence[float] | None = None,
         mask: Any = None,
         seed: int = 0,
+        average: int = 1,
         output: Literal["pil", "numpy", "tensor"] = "pil",
     ) -> Any:
         """Photographs in the manner of a style, or of several mixed.
@@ -142,6 +150,8 @@ class Stylizer:
         bool); resized to the photo, with a soft edge. With `styles`, a list of masks, one for each, gives
         each its own region; where several overlap they share, and where none is, the photo stays.
         seed: of Mamba-ST's shuffles, the same for all pictures of a call; SaMam draws nothing.
+        average: of so many of Mamba-ST's shuffles the mean is painted: smoother, less of it chance, and the
+        ST decoder (a third of the time in mamba-st-small) runs so many times.
         output: "pil", "numpy" (height width 3) uint8, or "tensor" (3 height width) in [-1, 1] on the CPU; one
         for one content and style, otherwise a list.
 
@@ -152,6 +162,9 @@ class Stylizer:
         if output not in ("pil", "numpy", "tensor"):
             raise ValueError(f"output is {output!r}, expected 'pil', 'numpy' or 'tensor'")
         check_strength(strength)
+        if average < 1:
+            raise ValueError(f"average is {average!r}, expected 1 or more shuffles")
+        shuffles = Shuffles(seed, average)
         contents, single = as_list(content)
         if not contents:
             raise images.ImageError("no pictures to stylize: give one or more")
@@ -173,7 +186,7 @@ class Stylizer:
             jobs = list(zip(_repeat(contents, count), _repeat(singles, count), strict=True))
             single = single and single_style
         made = [
-            _as_output(self._one(picture, codes, shares, strength, keep_color, masks, seed), output)
+            _as_output(self._one(picture, codes, shares, strength, keep_color, masks, shuffles), output)
             for picture, codes in jobs
         ]
         return made[0] if single else made
@@ -193,7 +206,7 @@ class Stylizer:
         strength: float,
         keep_color: bool,
         masks: list[Any],
-        seed: int,
+        shuffles: Shuffles,
     ) -> Float[Tensor, "3 height width"]:
         """One content: the styles mixed, or where there is a mask for each, each in its region."""
         photo = images.read(content).to(self.device)
@@ -203,7 +216,7 @@ class Stylizer:
         check_memory(self.network, height, width, self.device)
 
         def stylized(codes: list[Tensor], shares: list[float]) -> Tensor:
-            picture = self._stylized(photo, codes, shares, strength, seed)
+            picture = self._stylized(photo, codes, shares, strength, shuffles)
             return keep_colours(picture, photo) if keep_color else picture
 
         if not masks:
@@ -222,23 +235,23 @@ class Stylizer:
 
     def _stylized(
         self, photo: Float[Tensor, "3 height width"], codes: list[Tensor], shares: list[float],
-        strength: float, seed: int,
+        strength: float, shuffles: Shuffles,
     ) -> Float[Tensor, "3 height width"]:  # fmt: skip
         """The network's picture, weaker or stronger than it comes; clamped."""
         network, content = self.network, photo[None]
         height, width = photo.shape[1:]
-        mapped = self._transfer(content, codes, shares, seed)
+        mapped = self._transfer(content, codes, shares, shuffles)
         if strength == 1:
             return network.paint(mapped, height, width)[0].clamp_(-1, 1)
         own = network.encode_style(prepare_style(photo)[None])
-        reference = self._transfer(content, [own], [1.0], seed)
+        reference = self._transfer(content, [own], [1.0], shuffles)
         picture = network.paint(torch.lerp(reference, mapped, strength), height, width)[0]
         if strength < 1:
             picture += (1 - strength) * (photo - network.paint(reference, height, width)[0])
         return picture.clamp_(-1, 1)
 
     def _transfer(
-        self, content: Tensor, codes: list[Tensor], shares: list[float], seed: int
+        self, content: Tensor, codes: list[Tensor], shares: list[float], shuffles: Shuffles
     ) -> Float[Tensor, "1 dim rows columns"]:
         """The content's map in one style, or between several."""
         if isinstance(self.network, SaMam):
@@ -248,8 +261,9 @@ class Stylizer:
         mixed: Tensor | None = None
         for code, share in zip(codes, shares, strict=True):
             if share:
-                random = torch.Generator().manual_seed(seed)
-                mapped = self.network.transfer(content, code, generator=random).mul_(share)
+                random = torch.Generator().manual_seed(shuffles.seed)
+                mapped = self.network.transfer(content, code, generator=random, average=shuffles.average)
+                mapped = mapped.mul_(share)
                 mixed = mapped if mixed is None else mixed.add_(mapped)
         assert mixed is not None  # shares sum to 1
         return mixed

@@ -97,6 +97,7 @@ def stylize(
     ] = 1.0,
     keep_color: Annotated[bool, typer.Option("--keep-color", help="Keep the colours of the photo.")] = False,
     seed: Annotated[int, typer.Option(help="Of Mamba-ST's shuffles.")] = 0,
+    average: Annotated[int, typer.Option(min=1, help="Average so many of Mamba-ST's shuffles.")] = 1,
     shard: Part = "0/1",
     tar: Tar = False,
     per_tar: PerTar = 1000,
@@ -119,7 +120,9 @@ def stylize(
 
     check_strength(strength)
     shares = tuple(check_weights(style, parse_weights(weights)))
-    job = StylizeJob(model, tuple(style), shares, strength, keep_color, seed, f".{form.value}", device)
+    job = StylizeJob(
+        model, tuple(style), shares, strength, keep_color, seed, average, f".{form.value}", device
+    )
     _run("stylize", job, inputs, out, shard, per_tar if tar else None, threads, engine, workers)
 
 

@@ -47,6 +47,9 @@ def stylize(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of what a network draws (Mamba-ST's shuffles).")] = 0,
+    average: Annotated[
+        int, typer.Option(min=1, help="Average so many shuffles of Mamba-ST: smoother, and slower.")
+    ] = 1,
     size: Annotated[
         int | None, typer.Option(min=1, help="Scale photos down first: so many pixels on the long side.")
     ] = None,
@@ -100,6 +103,7 @@ def stylize(
     if grid and (together or masks):
         raise ValueError("--grid shows each style by itself: leave --mix, --weights and --mask out")
     options: dict[str, Any] = {"strength": strength, "keep_color": keep_color, "seed": seed}
+    options["average"] = average
     if masks:
         options["mask"] = masks if len(masks) > 1 else masks[0]
     # What goes into one picture, by the name that its file gets.

@@ -106,6 +106,7 @@ class StylizeJob:
     strength: float = 1.0
     keep_color: bool = False
     seed: int = 0
+    average: int = 1
     suffix: str = ".png"
     device: str | None = None
 
@@ -114,7 +115,8 @@ class StylizeJob:
         return "stylized"
 
     def identity(self) -> dict[str, Any]:
-        options = {key: getattr(self, key) for key in ("weights", "strength", "keep_color", "seed", "suffix")}
+        named = ("weights", "strength", "keep_color", "seed", "average", "suffix")
+        options = {key: getattr(self, key) for key in named}
         styles = [hashlib.sha256(Path(style).read_bytes()).hexdigest() for style in self.styles]
         network = read_header(find_stylizer(self.model).path).sha256
         return {"verb": "stylize", "styles": styles, "network": network, **options}
@@ -143,6 +145,7 @@ class StylizeWork:
             strength=job.strength,
             keep_color=job.keep_color,
             seed=job.seed,
+            average=job.average,
             output="tensor",
         )
 
