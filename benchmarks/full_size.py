@@ -32,7 +32,6 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=0, help="train so many steps, kill, go on, compare")
-    parser.add_argument("--learning-rate", type=float, default=5e-4, help="of --steps; the recipe's if not given")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--no-judges", action="store_true", help="leave LPIPS, ArcFace and face parsing out")
     parser.add_argument("--json", type=Path)
@@ -189,7 +188,7 @@ def train(folder: Path, name: str, arguments: argparse.Namespace) -> dict[str, A
     steps, middle = arguments.steps, max(arguments.steps // 2, 1)
     if os.environ.get("FULL_SIZE_RUN"):
         changes = {"steps": steps, "checkpoint_every": middle, "log_every": 1, "sample_every": steps + 1}
-        changes |= {"name": os.environ["FULL_SIZE_RUN"], "learning_rate": arguments.learning_rate}
+        changes |= {"name": os.environ["FULL_SIZE_RUN"]}
         inversion.run(read(folder, name, arguments, **changes))
         return {}
     runs = {}
@@ -217,7 +216,6 @@ def train(folder: Path, name: str, arguments: argparse.Namespace) -> dict[str, A
     return {
         "losses": [round(loss, 4) for loss in losses],
         "held_out": [round(before, 4), round(held_out(task), 4)],
-        "learning_rate": arguments.learning_rate,
         "killed_run_ends_with_the_same_weights": same,
     }
 

@@ -1,5 +1,6 @@
 """The inversion task: what a step draws, which terms it gives, and that it trains what it should."""
 
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -72,6 +73,29 @@ def test_a_step_gives_the_published_terms_and_moves_every_parameter(files):
     dead = [name for name, p in task.model.named_parameters() if p.grad is None or not p.grad.abs().any()]
     assert dead == []
     assert all(p.grad is None for p in task.generator.parameters())
+
+
+def test_the_rate_grows_over_the_warm_up_then_falls_and_restarts_and_a_saved_state_goes_on(files):
+    settings = {"learning_rate": 1.0, "restart_steps": 4, "restart_factor": 2, "minimum_learning_rate": 0.0}
+
+    def rates(player, steps) -> list[float]:
+        found = []
+        for _ in range(steps):
+            found.append(player.optimizer.param_groups[0]["lr"])
+            player.optimizer.step()
+            player.scheduler.step()
+        return found
+
+    (player,) = make_task(files, **settings).players
+    cosine = [0.5 + 0.5 * math.cos(math.pi * step / 4) for step in range(4)]
+    published = rates(player, 5)
+    assert published == pytest.approx([*cosine, 1])
+    (player,) = make_task(files, **settings, warm_up=5).players
+    assert rates(player, 7) == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, *cosine[:2]])
+    (resumed,) = make_task(files, **settings, warm_up=5).players
+    resumed.optimizer.load_state_dict(player.optimizer.state_dict())
+    resumed.scheduler.load_state_dict(player.scheduler.state_dict())
+    assert rates(resumed, 3) == pytest.approx([*cosine[2:], 1])
 
 
 def test_a_term_of_weight_zero_is_left_out(files):

@@ -149,6 +149,8 @@ class InversionConfig(RunConfig):
 
     learning_rate: float = 5e-4
     weight_decay: float = 0.01
+    warm_up: int = Field(default=0, ge=0)
+    """Steps in which the rate grows to `learning_rate`; those of the restarts count from there."""
     restart_steps: int = 15_000
     restart_factor: int = 2
     minimum_learning_rate: float = 1e-6
@@ -462,9 +464,13 @@ class InversionTask:
         optimizer = torch.optim.AdamW(
             parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
+        rates = torch.optim.lr_scheduler
+        scheduler: rates.LRScheduler = rates.CosineAnnealingWarmRestarts(
             optimizer, config.restart_steps, config.restart_factor, config.minimum_learning_rate
         )
+        if config.warm_up:
+            grow = rates.LinearLR(optimizer, 1 / config.warm_up, total_iters=config.warm_up - 1)
+            scheduler = rates.SequentialLR(optimizer, [grow, scheduler], [config.warm_up])
         return Player("inversion", parameters, optimizer, self.terms, self.weights, scheduler)
 
     def state(self) -> dict[str, Any]:
