@@ -5,7 +5,7 @@ that means and intervals are the caller's. Sets are (count, features), their dis
 `fd_squeeze`, `fd_small` and the like are a distance here plus the name of a network: never FID, never LPIPS.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -115,8 +115,23 @@ def perceptual(
     by the number of layers: between 0 and 2. `features(image, layers)` gives the maps.
     """
     layers = tuple(layers)
-    ours, theirs = features(image, layers), features(other, layers)
-    distances = [(_unit(ours[name]) - _unit(theirs[name])).square().sum(1).mean((1, 2)) for name in layers]
+    return perceptual_of_maps(unit_maps(features, image, layers), unit_maps(features, other, layers))
+
+
+def unit_maps(
+    features: Callable[..., Mapping[str, Tensor]],
+    image: Float[Tensor, "batch 3 height width"],
+    layers: Iterable[str] = PERCEPTUAL_LAYERS,
+) -> list[Float[Tensor, "batch channels _ _"]]:
+    """What `perceptual` compares of a picture, for one that is compared with many."""
+    layers = tuple(layers)
+    maps = features(image, layers)
+    return [_unit(maps[name]) for name in layers]
+
+
+def perceptual_of_maps(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Float[Tensor, " batch"]:
+    """`perceptual` of two pictures from their `unit_maps`."""
+    distances = [(a - b).square().sum(1).mean((1, 2)) for a, b in zip(ours, theirs, strict=True)]
     return torch.stack(distances).mean(0)
 
 

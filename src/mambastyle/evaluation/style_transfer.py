@@ -149,13 +149,14 @@ def compare(
         COLUMNS,
         notes=_NOTES,
     )
-    table.rows.append({"method": NOTHING} | judged.row((pairs.contents[c] for c, _ in pairs.pairs), progress))
-    table.rows.append(
-        {"method": EVERYTHING} | judged.row((pairs.styles[s] for _, s in pairs.pairs), progress)
-    )
+    unchanged = (judged.contents[content] for content, _ in pairs.pairs)
+    table.rows.append({"method": NOTHING} | judged.row(unchanged, progress))
+    replaced = (judged.styles[style] for _, style in pairs.pairs)
+    table.rows.append({"method": EVERYTHING} | judged.row(replaced, progress))
     for name, stylizer in methods.items():
         made = _Timed(stylizer, pairs)
-        row = judged.row(made, progress, patch=stylizer.network.config.patch)
+        stylized = (judged.facts(picture) for picture in made)
+        row = judged.row(stylized, progress, patch=stylizer.network.config.patch)
         table.rows.append({"method": name} | row | made.cost())
     found = {key for row in table.rows for key in row}
     table.columns = {key: heading for key, heading in COLUMNS.items() if key in found}
@@ -210,26 +211,49 @@ class _Timed:
         return found | ({"peak_megabytes": self.peak / 1e6} if self.peak else {})
 
 
+@dataclass(frozen=True, eq=False)
+class _Facts:
+    """What the judges need to know of one picture."""
+
+    picture: Float[Tensor, "3 size size"]
+    histogram: Tensor
+    structures: dict[str, Tensor]
+    pooled: dict[str, Tensor]
+
+
 class _Judged:
     """What the judges say of the contents and styles, kept, and of a method's pictures, one by one."""
 
     def __init__(self, pairs: Pairs, judges: Judges, extra: PublishedJudges) -> None:
         self.pairs, self.judges, self.extra = pairs, judges, extra
-        self.style_features = self._set_features(pairs.styles)
-        self.histograms = [metrics.colour_histogram(style) for style in pairs.styles]
-        self.structures = [self._structures(content) for content in pairs.contents]
+        self.contents = [self.facts(content) for content in pairs.contents]
+        self.styles = [self.facts(style) for style in pairs.styles]
+        # Pairs come content by content, and the maps of all would take gigabytes.
+        self._maps_of: tuple[int, list[Tensor]] = (-1, [])
+        self._unchanged = [self._content_kept(facts, number) for number, facts in enumerate(self.contents)]
+
+    @torch.inference_mode()
+    def facts(self, picture: Float[Tensor, "3 size size"]) -> _Facts:
+        histogram = metrics.colour_histogram(picture)
+        return _Facts(picture, histogram, self._structures(picture), self._set_features(picture[None]))
 
     @torch.inference_mode()
     def row(
-        self, stylized: Iterable[Tensor], progress: Callable[[], Any], patch: int = _PATCH
+        self, stylized: Iterable[_Facts], progress: Callable[[], Any], patch: int = _PATCH
     ) -> dict[str, Any]:
         """Means over the pairs, Frechet distances of the sets; `stylized` in the order of the pairs."""
         values: dict[str, list[float]] = {}
         features: dict[str, list[Tensor]] = {}
-        for (content, style), picture in zip(self.pairs.pairs, stylized, strict=True):
-            for name, value in self._pair_values(picture, content, style, patch).items():
+        for (content, style), facts in zip(self.pairs.pairs, stylized, strict=True):
+            found = {
+                "histogram": metrics.histogram_distance(facts.histogram, self.styles[style].histogram),
+                "seam": float(metrics.seam_ratio(facts.picture[None], patch)),
+            }
+            unchanged = facts is self.contents[content]
+            found |= self._unchanged[content] if unchanged else self._content_kept(facts, content)
+            for name, value in found.items():
                 values.setdefault(name, []).append(value)
-            for name, pooled in self._set_features(picture[None]).items():
+            for name, pooled in facts.pooled.items():
                 features.setdefault(name, []).append(pooled)
             progress()
         row: dict[str, Any] = {name: sum(all_) / len(all_) for name, all_ in values.items()}
@@ -237,9 +261,9 @@ class _Judged:
             if name in values:
                 interval = metrics.bootstrap(torch.tensor(values[name]))
                 row[f"{name}_interval"] = [interval.low, interval.high]
-        order = [style for _, style in self.pairs.pairs]
         for name, pooled in features.items():
-            row[name] = metrics.frechet_distance(self.style_features[name][order], torch.cat(pooled))
+            theirs = torch.cat([self.styles[style].pooled[name] for _, style in self.pairs.pairs])
+            row[name] = metrics.frechet_distance(theirs, torch.cat(pooled))
         for product, near, far in (
             ("product_squeeze", "perceptual_squeeze", "fd_squeeze"),
             ("product_small", "perceptual_squeeze", "fd_small"),
@@ -249,21 +273,21 @@ class _Judged:
                 row[product] = (1 + row[near]) * (1 + row[far])
         return row
 
-    def _pair_values(self, picture: Tensor, content: int, style: int, patch: int) -> dict[str, float]:
-        original = self.pairs.contents[content]
+    @torch.inference_mode()
+    def _content_kept(self, facts: _Facts, content: int) -> dict[str, float]:
+        """How far a picture is from a content."""
+        original, picture = self.contents[content], facts.picture[None]
         values = {
-            "histogram": metrics.histogram_distance(
-                metrics.colour_histogram(picture), self.histograms[style]
-            ),
-            "seam": float(metrics.seam_ratio(picture[None], patch)),
+            name: metrics.structure_distance(original.structures[name], structure)
+            for name, structure in facts.structures.items()
         }
-        if self.judges.squeeze is not None:
-            distance = metrics.perceptual(self.judges.squeeze, picture[None], original[None])
+        if (squeeze := self.judges.squeeze) is not None:
+            if self._maps_of[0] != content:
+                self._maps_of = content, metrics.unit_maps(squeeze, original.picture[None])
+            distance = metrics.perceptual_of_maps(metrics.unit_maps(squeeze, picture), self._maps_of[1])
             values["perceptual_squeeze"] = float(distance)
         if self.extra.lpips is not None:
-            values["lpips"] = float(self.extra.lpips(picture[None], original[None]))
-        for name, structure in self._structures(picture).items():
-            values[name] = metrics.structure_distance(self.structures[content][name], structure)
+            values["lpips"] = float(self.extra.lpips(picture, original.picture[None]))
         return values
 
     @torch.inference_mode()
