@@ -465,7 +465,7 @@ class InversionTask:
             parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
         rates = torch.optim.lr_scheduler
-        scheduler: rates.LRScheduler = rates.CosineAnnealingWarmRestarts(
+        scheduler: torch.optim.lr_scheduler.LRScheduler = rates.CosineAnnealingWarmRestarts(
             optimizer, config.restart_steps, config.restart_factor, config.minimum_learning_rate
         )
         if config.warm_up:
