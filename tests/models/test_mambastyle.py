@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.published_files import MODEL
 
 from mambastyle.models.mambastyle import (
     CONFIGS,
@@ -16,26 +17,7 @@ from mambastyle.models.mambastyle import (
 )
 from mambastyle.models.stylegan2 import StyleGAN2Config
 
-TINY = MambaStyleConfig(
-    image_size=32,
-    num_ws=8,
-    w_dim=24,
-    widths=(8, 12, 16, 24),
-    blocks=(1, 2, 2, 1),
-    strides=(2, 1, 2, 2),
-    fpn_width=16,
-    position_patch=4,
-    position_grid=5,
-    latent_split=(2, 2, 4),
-    head_pools=((8, 3, 3), (8, 3, 3), (4, 2, 2)),
-    feature_channels=12,
-    feature_layer=5,
-    direction_tokens=8,
-    direction_grid=4,
-    direction_width=8,
-    direction_widths=(8, 12, 16),
-    state=4,
-)
+TINY = replace(MODEL, blocks=(1, 2, 2, 1), fpn_width=16)
 GENERATOR_1024 = 30_370_060
 """Parameters of the published 1024 px generator."""
 
