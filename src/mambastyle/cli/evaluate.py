@@ -9,6 +9,7 @@ from rich.console import Console
 
 from mambastyle.cli.batch import Batch
 from mambastyle.cli.pictures import BatchSize, Device, Model
+from mambastyle.cli.stylize import StylizerModel
 
 if TYPE_CHECKING:
     from mambastyle.api.methods import MethodName
@@ -75,6 +76,7 @@ Judge = Annotated[
 DirectionsFile = Annotated[
     Path | None, typer.Option("--directions", help="A directions file; default: the model's own.")
 ]
+Strength = Annotated[float, typer.Option(help="Of the edits, in natural units of each direction.")]
 
 
 @app.command()
@@ -183,7 +185,7 @@ def paper(
     latents_alone: LatentsAlone = False,
     ways: Ways = None,
     ways_count: WaysCount = None,
-    strength: Annotated[float, typer.Option(help="Of the edits, in natural units of each direction.")] = 1.5,
+    strength: Strength = 1.5,
     weights: JudgeFiles = None,
     seed: Seed = 0,
     count: Count = None,
@@ -238,7 +240,7 @@ def ablation(
         Path | None, typer.Option("--judge", help="Classifier for the editing columns, with --directions.")
     ] = None,
     directions: DirectionsFile = None,
-    strength: Annotated[float, typer.Option(help="Of the edits.")] = 1.5,
+    strength: Strength = 1.5,
     weights: JudgeFiles = None,
     count: Count = None,
     report: Report = None,
@@ -294,9 +296,7 @@ def style_transfer(
     pack: Annotated[
         Path, typer.Option("--pack", help="Zip or folder with pairs.csv: the columns content and style.")
     ],
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="A preset's name, a checkpoint, or a folder with one.")
-    ] = "samam-small",
+    model: StylizerModel = "samam-small",
     also: Also = None,
     count: Annotated[int | None, typer.Option(min=2, help="Only so many pairs, drawn by a seed.")] = None,
     size: Annotated[int, typer.Option(min=32, help="Side of all pictures; the protocol's is 512.")] = 512,

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 _TILE = 256  # side of a picture in a contact sheet, in pixels
 
+StylizerModel = Annotated[
+    str, typer.Option("--model", "-m", help="A preset's name, a checkpoint, or a folder with one.")
+]
+
 
 def stylize(
     contents: Annotated[
@@ -26,9 +30,7 @@ def stylize(
         list[str] | None,
         typer.Option("--style", "-s", help="A painting, folder, or glob; may be given again."),
     ] = None,
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="A preset's name, a checkpoint, or a folder with one.")
-    ] = "samam-small",
+    model: StylizerModel = "samam-small",
     out: Annotated[
         Path, typer.Option("--out", "-o", help="The folder to write to; with --video, the file.")
     ] = Path("out"),
