@@ -300,8 +300,8 @@ def _empty_outputs(u: Tensor, A: Tensor, B: Tensor, keep_starts: bool) -> tuple[
 
 @torch.library.custom_op("mambastyle::selective_scan_backward", mutates_args=(), device_types="cpu")
 def scan_backward_op(
-    grad_y: Tensor | None,
-    grad_last: Tensor | None,
+    grad_y: Tensor,
+    grad_last: Tensor,
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -317,18 +317,7 @@ def scan_backward_op(
     blocks = _blocks(channels, groups) // groups
     splits = max(1, min(blocks, SPLITS // (batch * groups)))
     tasks = batch * groups * splits
-    grad_y = torch.zeros_like(u) if grad_y is None else grad_y
-    grad_last = u.new_zeros(batch, channels, state) if grad_last is None else grad_last
-
-    arrays = [
-        _flat(grad_y),
-        _flat(grad_last),
-        _flat(u),
-        _flat(delta),
-        _flat(A),
-        _time_major(B),
-        _time_major(C),
-    ]
+    arrays = [*map(_flat, (grad_y, grad_last, u, delta, A)), _time_major(B), _time_major(C)]
     arrays += [_per_channel(D, u), _per_channel(delta_bias, u)]
     grad_u, grad_delta = u.new_empty(u.shape), u.new_empty(u.shape)
     grad_A = u.new_empty(batch, channels, state)
@@ -349,11 +338,11 @@ def scan_backward_op(
     return (
         grad_u,
         grad_delta,
-        grad_A if A.ndim == 3 else grad_A.sum(0),
+        operator.as_given(grad_A, A),
         grad_B.sum(2).transpose(-1, -2).contiguous(),
         grad_C.sum(2).transpose(-1, -2).contiguous(),
-        grad_D if D is not None and D.ndim == 2 else grad_D.sum(0),
-        grad_bias.sum(0),
+        operator.as_given(grad_D, D),
+        operator.as_given(grad_bias, delta_bias),
     )
 
 

@@ -219,8 +219,8 @@ def scan_op(
 
 @torch.library.custom_op("mambastyle::selective_scan_triton_backward", mutates_args=())
 def scan_backward_op(
-    grad_y: Tensor | None,
-    grad_last: Tensor | None,
+    grad_y: Tensor,
+    grad_last: Tensor,
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -233,12 +233,7 @@ def scan_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, channels, length = u.shape
     groups, state = B.shape[1:3]
-    zeros = u.new_zeros
-    grad_y = zeros(u.shape, dtype=torch.float32) if grad_y is None else grad_y.contiguous()
-    grad_last = (
-        zeros(batch, channels, state, dtype=torch.float32) if grad_last is None else grad_last.contiguous()
-    )
-    u, delta, A, B, C = (x.contiguous() for x in (u, delta, A, B, C))
+    grad_y, grad_last, u, delta, A, B, C = (x.contiguous() for x in (grad_y, grad_last, u, delta, A, B, C))
     grid, sizes, constants = _sizes(u, A, B, D)
 
     def empty(*shape: int) -> Tensor:
@@ -253,15 +248,14 @@ def scan_backward_op(
         grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias, *sizes, **constants,
         HAS_D=D is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus,
     )  # fmt: skip
-    grad_D = grad_D if D is not None and D.ndim == 2 else grad_D.sum(0)
     return (
         grad_u,
         grad_delta,
-        (grad_A if A.ndim == 3 else grad_A.sum(0)).to(A.dtype),
+        operator.as_given(grad_A, A),
         grad_B.sum(2).to(B.dtype),
         grad_C.sum(2).to(C.dtype),
-        grad_D if D is None else grad_D.to(D.dtype),
-        grad_bias.sum(0) if delta_bias is None else grad_bias.sum(0).to(delta_bias.dtype),
+        operator.as_given(grad_D, D),
+        operator.as_given(grad_bias, delta_bias),
     )
 
 

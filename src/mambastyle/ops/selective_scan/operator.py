@@ -4,7 +4,7 @@ A backend defines `mambastyle::NAME` and `mambastyle::NAME_backward`, both on te
 `selective_scan`, with B and C (batch, groups, state, length):
 
     NAME(u, delta, A, B, C, D?, delta_bias?, delta_softplus, keep_starts) -> y, last state, starts
-    NAME_backward(grad_y?, grad_last?, u, delta, A, B, C, D?, delta_bias?, delta_softplus, starts)
+    NAME_backward(grad_y, grad_last, u, delta, A, B, C, D?, delta_bias?, delta_softplus, starts)
         -> gradients of u, delta, A, B, C, D and delta_bias; of one that was not given, (channels,)
 
 `starts` holds the state before each tile, in the backend's own layout. It is what gradients need; without
@@ -43,6 +43,11 @@ def register(name: str, backend: str, empty_outputs: Callable[[Tensor, Tensor, T
 
     def backward(ctx: Any, grad_y: Tensor | None, grad_last: Tensor | None, grad_starts: None) -> tuple:
         *tensors, starts = ctx.saved_tensors
+        u, _, A, *_ = tensors
+        if grad_y is None:
+            grad_y = u.new_zeros(u.shape, dtype=torch.float32)
+        if grad_last is None:
+            grad_last = u.new_zeros(*u.shape[:2], A.shape[-1], dtype=torch.float32)
         op = getattr(torch.ops.mambastyle, f"{name}_backward")
         grads = op(grad_y, grad_last, *tensors, ctx.delta_softplus, starts)
         return (*(None if x is None else grad for x, grad in zip(tensors, grads, strict=True)), None, None)
@@ -53,6 +58,13 @@ def register(name: str, backend: str, empty_outputs: Callable[[Tensor, Tensor, T
     torch.library.register_autograd(backward_op, refuse_second_derivative("selective scan", backend))
     register_flop_formula(getattr(torch.ops.mambastyle, name))(_flops)
     register_flop_formula(getattr(torch.ops.mambastyle, f"{name}_backward"))(_backward_flops)
+
+
+def as_given(grad: Tensor, x: Tensor | None) -> Tensor:
+    """A gradient image by image as its tensor: summed if the images share it, in its dtype."""
+    if x is None:
+        return grad.sum(0)
+    return (grad if grad.ndim == x.ndim else grad.sum(0)).to(x.dtype)
 
 
 def refuse_second_derivative(what: str, backend: str) -> Callable[..., None]:
