@@ -177,7 +177,8 @@ def edit(folder: Path, name: str, arguments: argparse.Namespace) -> dict[str, An
 def train(folder: Path, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Some steps: do they lower the loss; and does a run that was killed end where a whole one does?
 
-    Every step has another picture, so the loss is also that of four pictures that no step draws.
+    Every step has another picture, so the loss is also that of the same pictures before and after: four that
+    steps draw, and four that none does.
     """
     import torch
 
@@ -211,24 +212,26 @@ def train(folder: Path, name: str, arguments: argparse.Namespace) -> dict[str, A
     same = all(torch.equal(value, runs["killed"][key]) for key, value in runs["whole"].items())
     torch.manual_seed(config.seed)  # as the run does before it makes its model
     task = inversion.InversionTask(config, torch.zeros(0).device)
-    before = held_out(task)
+    before = mean_loss(task, config.seed), mean_loss(task, 7)
     task.model.load_state_dict(runs["killed"])
+    after = mean_loss(task, config.seed), mean_loss(task, 7)
     return {
         "losses": [round(loss, 4) for loss in losses],
-        "held_out": [round(before, 4), round(held_out(task), 4)],
+        "trained_on": [round(before[0], 4), round(after[0], 4)],
+        "held_out": [round(before[1], 4), round(after[1], 4)],
         "killed_run_ends_with_the_same_weights": same,
     }
 
 
-def held_out(task: Any) -> float:
-    """The loss of four pictures that no step of the run draws."""
+def mean_loss(task: Any, seed: int) -> float:
+    """The loss of four pictures, as in training: running statistics mean nothing after ten steps."""
     import torch
 
     from mambastyle.training.random import StepRandom
 
-    task.model.eval()
+    task.model.train()
     with torch.no_grad():
-        terms = [task.terms(StepRandom(7, number, 1)) for number in range(4)]
+        terms = [task.terms(StepRandom(seed, number, 1)) for number in range(4)]
     return sum(total({key: float(v) for key, v in each.items()}, task.weights) for each in terms) / 4
 
 
