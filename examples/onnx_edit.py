@@ -46,12 +46,16 @@ def stylize(folder: Path, content: Path, style: Path) -> np.ndarray:
     """One photograph in the manner of a painting, in its own size."""
     code = onnxruntime.InferenceSession(folder / "encode_style.onnx").run(None, {"style": read(style)})[0]
     session = onnxruntime.InferenceSession(folder / "stylize.onnx")
-    inputs = {"content": read(content), "code": code}
+    about = session.get_modelmeta().custom_metadata_map
+    random = np.random.default_rng(0)
+    photo = read(content)
+    # The noise that the network's contents had in training.
+    grain = float(about["grain"]) * random.standard_normal(photo.shape, np.float32)
+    inputs = {"content": photo + grain, "code": code}
     for orders in session.get_inputs()[2:]:
         # Mamba-ST sees the style's tokens in a random order in each layer.
-        patch = int(session.get_modelmeta().custom_metadata_map["patch"])
+        patch = int(about["patch"])
         positions = np.prod([max(2, -(-size // patch)) for size in inputs["content"].shape[2:]])
-        random = np.random.default_rng(0)
         inputs["orders"] = np.stack([random.permutation(positions) for _ in range(orders.shape[1])])[None]
     return session.run(None, inputs)[0]
 

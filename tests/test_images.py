@@ -295,6 +295,15 @@ def test_fit_scales_down_to_the_long_side_and_never_up():
     assert torch.equal(images.fit(photo, 48), photo)
 
 
+def test_grain_is_noise_of_its_deviation_from_a_generator():
+    flat = torch.full((2, 3, 100, 100), 0.3)
+    noisy = images.add_grain(flat, 0.1, torch.Generator().manual_seed(0))
+    assert torch.equal(noisy, images.add_grain(flat, 0.1, torch.Generator().manual_seed(0)))
+    assert float((noisy - flat).std()) == pytest.approx(0.1, rel=0.02)
+    assert float((noisy - flat).mean()) == pytest.approx(0, abs=1e-3)
+    assert images.add_grain(flat, 0, torch.Generator()) is flat
+
+
 def test_blur_keeps_a_constant_and_spreads_a_point_as_a_gaussian():
     torch.testing.assert_close(images.blur(torch.full((1, 9, 12), 0.3), 2.0), torch.full((1, 9, 12), 0.3))
     point = torch.zeros(1, 41, 41)

@@ -192,10 +192,16 @@ def fill(module: Module, tensors: Mapping[str, Tensor], path: Path) -> Module:
     return module
 
 
-def start_from(module: nn.Module, path: str | os.PathLike[str], *, kind: str, config: Any) -> None:
-    """Fill a module from a checkpoint whose config is `config`; ValueError for one of other sizes."""
+def start_from(
+    module: nn.Module, path: str | os.PathLike[str], *, kind: str, config: Any, free: Iterable[str] = ()
+) -> None:
+    """Fill a module from a checkpoint whose config is `config`; ValueError for one of other sizes.
+
+    free: names of settings that may differ from those of the checkpoint, where the config has them.
+    """
     checkpoint = load(path, kind=kind)
-    if config_from_dict(type(config), checkpoint.config) != config:
+    same = {name: getattr(config, name) for name in free if hasattr(config, name)}
+    if dataclasses.replace(config_from_dict(type(config), checkpoint.config), **same) != config:
         raise ValueError(f"{path}: its {kind} has other sizes than this run's model section")
     fill(module, checkpoint.tensors, checkpoint.path)
 

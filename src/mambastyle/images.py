@@ -170,6 +170,16 @@ def blur(image: Tensor, deviation: float, radius: int | None = None) -> Tensor:
     return maps.reshape(image.shape)
 
 
+def add_grain(
+    image: Float[Tensor, "*batch 3 height width"], deviation: float, generator: torch.Generator
+) -> Float[Tensor, "*batch 3 height width"]:
+    """The picture with noise of each pixel and colour; the picture itself for a deviation of 0."""
+    if not deviation:
+        return image
+    noise = torch.randn(image.shape, generator=generator, device=generator.device)
+    return image + deviation * noise.to(image.device)
+
+
 def center_crop_square(image: Tensor) -> Tensor:
     """(..., height width) -> (..., side side): the middle, with side the smaller of both."""
     height, width = image.shape[-2:]

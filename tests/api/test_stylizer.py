@@ -1,5 +1,7 @@
 """Stylizing: any pictures, exact sizes, strength from the photo upwards, mixtures, regions, seeds."""
 
+import copy
+import dataclasses
 import warnings
 
 import numpy as np
@@ -176,6 +178,20 @@ def test_the_average_of_many_shuffles_depends_less_on_the_seed(stylizer):
         assert spread(8) == spread(1) == 0
     with pytest.raises(ValueError, match="average is 0, expected 1 or more"):
         run(stylizer, PHOTO, STYLE, average=0)
+
+
+def test_a_network_trained_on_grain_gets_it_from_the_seed(stylizer):
+    network = copy.deepcopy(stylizer.network)
+    network.config = dataclasses.replace(network.config, grain=0.2)
+    grainy = ms.Stylizer(network, device="cpu")
+    flat = torch.zeros(3, 20, 24)
+    first = run(grainy, flat, STYLE)
+    assert torch.equal(run(grainy, flat, STYLE), first)
+    assert differ(run(grainy, flat, STYLE, seed=1), first) > 1e-3
+    noise = images.add_grain(flat, 0.2, torch.Generator().manual_seed(0))
+    assert differ(run(stylizer, noise, STYLE), first) < 1e-6
+    # The photo itself comes back without.
+    assert torch.equal(run(grainy, flat, STYLE, strength=0), flat)
 
 
 def test_a_style_is_encoded_once(stylizer, monkeypatch):

@@ -77,20 +77,19 @@ def test_a_cached_style_serves_every_picture():
 
 
 @torch.no_grad()
-def test_a_style_code_beyond_the_limit_is_shortened_to_it_and_others_stay():
-    free = tiny_model()
-    free.style_embedder.fc.weight[0].mul_(30)  # one picture's code far beyond the others'
-    styles = torch.cat([pictures(1), pictures(1, seed=2) * 0.01])
-    codes = free.encode_style(styles)
-    lengths = codes.flatten(1).norm(dim=1)
-    limit = float(lengths.mean())
-    held = SaMam(replace(TINY, style_limit=limit))
+def test_tokens_beyond_the_limit_are_cut_before_the_scan():
+    torch.manual_seed(0)
+    free, held = (SAVSSM(replace(TINY, token_limit=limit)) for limit in (None, 2.0))
     held.load_state_dict(free.state_dict())
-    found = held.encode_style(styles)
-    long = lengths > limit
-    assert long.tolist().count(True) == 1
-    torch.testing.assert_close(found[~long], codes[~long])
-    torch.testing.assert_close(found[long], codes[long] * (limit / lengths[long]))
+    scanned = []
+    for block in (free, held):
+        block.s7.scan.register_forward_pre_hook(lambda _, inputs: scanned.append(inputs[0]))
+    x, code = torch.randn(2, 16, 3, 5), torch.randn(2, 6, 3, 3)
+    x[0, :, 1, 1] *= 100  # one token unlike the others
+    for block in (free, held):
+        block(x, code)
+    assert scanned[0].max() > 2
+    assert torch.equal(scanned[1], scanned[0].clamp(max=2))
 
 
 @torch.no_grad()
@@ -131,7 +130,7 @@ def test_every_parameter_gets_a_gradient(changes):
         ({"patch": 8}, "decoder has 3 stages, which enlarge by 4: patch 8 needs an enlargement of 8"),
         ({"decoder": ((8,), (), (3,))}, "decoder must name the widths of each stage"),
         ({"groups": 0}, "groups must be 1 or more, got 0"),
-        ({"style_limit": 0.0}, "style_limit must be above 0, or None for none, got 0.0"),
+        ({"token_limit": 0.0}, "token_limit must be above 0, or None for none, got 0.0"),
     ],
 )
 def test_impossible_configs_say_why(changes, message):

@@ -231,6 +231,25 @@ def test_a_run_starts_from_a_checkpoint_of_its_own_sizes(packs, tmp_path):
         assert torch.equal(value, second.model.state_dict()[name]), name
     with pytest.raises(ValueError, match="other sizes"):
         make_task(packs, start=start, model=MODELS["samam"] | {"dim": 20})
+    # Neither of these has to do with sizes.
+    make_task(packs, start=start, model=MODELS["samam"] | {"grain": 0.1, "token_limit": 3.0})
+
+
+@pytest.mark.usefixtures("_judge")
+def test_contents_have_the_grain_of_the_model_and_their_targets_none(packs):
+    task = make_task(packs, model=MODELS["samam"] | {"grain": 0.1})
+    seen, judged = [], []
+    task.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    network = task.judge.maps
+    task.judge.maps = lambda image, names: judged.append(image) or network(image, names)
+    task.terms(StepRandom(0, 0, 4))
+    content = task.pairs(StepRandom(0, 0, 4)).content
+    assert torch.equal(judged[0], content)
+    assert float((seen[0] - content).std()) == pytest.approx(0.1, rel=0.1)
+    # The parts of a batch on two processes have the grain that they have on one.
+    whole = StepRandom(0, 0, 4).normal("grain shuffle", 3, 2, 2)
+    part = StepRandom(0, 0, 4, shard=1, shards=2).normal("grain shuffle", 3, 2, 2)
+    assert torch.equal(part, whole[2:])
 
 
 @pytest.mark.parametrize("stage", ["-1", "-2", ""])

@@ -36,8 +36,8 @@ class StylizeWarning(UserWarning):
     """Something that was done otherwise than asked: weights that were normalised, a mask that is empty."""
 
 
-class Shuffles(NamedTuple):
-    """What Mamba-ST draws at random: from which seed, and how many draws are averaged."""
+class Draws(NamedTuple):
+    """From which seed grain and Mamba-ST's shuffles are drawn, and how many of the latter are averaged."""
 
     seed: int
     average: int
@@ -149,7 +149,8 @@ class Stylizer:
         mask: where to stylize, a picture that is white there (or an array or tensor (height width), 0 to 1 or
         bool); resized to the photo, with a soft edge. With `styles`, a list of masks, one for each, gives
         each its own region; where several overlap they share, and where none is, the photo stays.
-        seed: of Mamba-ST's shuffles, the same for all pictures of a call; SaMam draws nothing.
+        seed: of Mamba-ST's shuffles, and of the fine noise that a network with `grain` in its config gets
+        with the photo; the same for all pictures of a call.
         average: of so many of Mamba-ST's shuffles the mean is painted: smoother, less of it chance, and the
         ST decoder (a third of the time in mamba-st-small) runs so many times.
         output: "pil", "numpy" (height width 3) uint8, or "tensor" (3 height width) in [-1, 1] on the CPU; one
@@ -164,7 +165,7 @@ class Stylizer:
         check_strength(strength)
         if average < 1:
             raise ValueError(f"average is {average!r}, expected 1 or more shuffles")
-        shuffles = Shuffles(seed, average)
+        draws = Draws(seed, average)
         contents, single = as_list(content)
         if not contents:
             raise images.ImageError("no pictures to stylize: give one or more")
@@ -186,7 +187,7 @@ class Stylizer:
             jobs = list(zip(_repeat(contents, count), _repeat(singles, count), strict=True))
             single = single and single_style
         made = [
-            _as_output(self._one(picture, codes, shares, strength, keep_color, masks, shuffles), output)
+            _as_output(self._one(picture, codes, shares, strength, keep_color, masks, draws), output)
             for picture, codes in jobs
         ]
         return made[0] if single else made
@@ -206,7 +207,7 @@ class Stylizer:
         strength: float,
         keep_color: bool,
         masks: list[Any],
-        shuffles: Shuffles,
+        draws: Draws,
     ) -> Float[Tensor, "3 height width"]:
         """One content: the styles mixed, or where there is a mask for each, each in its region."""
         photo = images.read(content).to(self.device)
@@ -216,7 +217,7 @@ class Stylizer:
         check_memory(self.network, height, width, self.device)
 
         def stylized(codes: list[Tensor], shares: list[float]) -> Tensor:
-            picture = self._stylized(photo, codes, shares, strength, shuffles)
+            picture = self._stylized(photo, codes, shares, strength, draws)
             return keep_colours(picture, photo) if keep_color else picture
 
         if not masks:
@@ -235,23 +236,25 @@ class Stylizer:
 
     def _stylized(
         self, photo: Float[Tensor, "3 height width"], codes: list[Tensor], shares: list[float],
-        strength: float, shuffles: Shuffles,
+        strength: float, draws: Draws,
     ) -> Float[Tensor, "3 height width"]:  # fmt: skip
         """The network's picture, weaker or stronger than it comes; clamped."""
-        network, content = self.network, photo[None]
+        network = self.network
         height, width = photo.shape[1:]
-        mapped = self._transfer(content, codes, shares, shuffles)
+        random = torch.Generator().manual_seed(draws.seed)
+        content = images.add_grain(photo, network.config.grain, random)[None]
+        mapped = self._transfer(content, codes, shares, draws)
         if strength == 1:
             return network.paint(mapped, height, width)[0].clamp_(-1, 1)
         own = network.encode_style(prepare_style(photo)[None])
-        reference = self._transfer(content, [own], [1.0], shuffles)
+        reference = self._transfer(content, [own], [1.0], draws)
         picture = network.paint(torch.lerp(reference, mapped, strength), height, width)[0]
         if strength < 1:
             picture += (1 - strength) * (photo - network.paint(reference, height, width)[0])
         return picture.clamp_(-1, 1)
 
     def _transfer(
-        self, content: Tensor, codes: list[Tensor], shares: list[float], shuffles: Shuffles
+        self, content: Tensor, codes: list[Tensor], shares: list[float], draws: Draws
     ) -> Float[Tensor, "1 dim rows columns"]:
         """The content's map in one style, or between several."""
         if isinstance(self.network, SaMam):
@@ -261,8 +264,8 @@ class Stylizer:
         mixed: Tensor | None = None
         for code, share in zip(codes, shares, strict=True):
             if share:
-                random = torch.Generator().manual_seed(shuffles.seed)
-                mapped = self.network.transfer(content, code, generator=random, average=shuffles.average)
+                random = torch.Generator().manual_seed(draws.seed)
+                mapped = self.network.transfer(content, code, generator=random, average=draws.average)
                 mapped = mapped.mul_(share)
                 mixed = mapped if mixed is None else mixed.add_(mapped)
         assert mixed is not None  # shares sum to 1

@@ -41,6 +41,7 @@ def export(
     metadata = {"model": loaded.name}
     if not isinstance(loaded, Inverter):
         metadata["patch"] = str(loaded.network.config.patch)
+        metadata["grain"] = str(loaded.network.config.grain)
     for graph in onnx.graphs(loaded if isinstance(loaded, Inverter) else loaded.network):
         path = out / f"{graph.name}.{kind.value}"
         if kind is Kind.pt2:

@@ -39,6 +39,8 @@ class MambaSTConfig:
     """Every decoder layer sees the style tokens in another random order."""
     position_grid: int | None = None
     """Side of the pooled content that codes positions (published option: 18); None for no code."""
+    grain: float = 0.0
+    """Deviation of the noise that contents have, as in `SaMamConfig`."""
 
     def __post_init__(self) -> None:
         check_stages(self.decoder, self.patch)
@@ -47,6 +49,8 @@ class MambaSTConfig:
                 f"encoder_layers and decoder_layers must be 1 or more, got {self.encoder_layers} "
                 f"and {self.decoder_layers}"
             )
+        if self.grain < 0:
+            raise ValueError(f"grain must not be negative, got {self.grain}")
         if self.position_grid is not None and self.position_grid < 1:
             raise ValueError(f"position_grid must be 1 or more, or None for none, got {self.position_grid}")
 
@@ -56,7 +60,13 @@ class MambaSTConfig:
 
 
 MAMBA_ST_SMALL = MambaSTConfig(
-    dim=96, state=4, patch=4, encoder_layers=2, decoder_layers=2, decoder=((64,), (48, 48), (32, 3))
+    dim=96,
+    state=4,
+    patch=4,
+    encoder_layers=2,
+    decoder_layers=2,
+    decoder=((64,), (48, 48), (32, 3)),
+    grain=0.06,
 )
 """Trains on two CPU cores."""
 

@@ -42,9 +42,14 @@ class SaMamConfig:
     """Halvings of the style's map before it is pooled to 4x4."""
     decoder: tuple[tuple[int, ...], ...] = ((128,), (128, 128, 128, 64), (64, 32), (32, 3))
     """Widths of the CNN decoder's convolutions, stage by stage, each at twice the size of the one before."""
-    style_limit: float | None = None
-    """The greatest length of a picture's style code; longer ones are shortened to it. Not in the paper: a
-    style far from the trained ones (strong edges all over) otherwise burns spots into the picture."""
+    token_limit: float | None = None
+    """The greatest value of the tokens that a SAVSSM scans; greater ones are cut. Not in the paper: steps,
+    inputs and read-outs all grow with a token, so the scan's output with about its fourth power, and under
+    styles unlike the trained ones single tokens burnt spots into the picture."""
+    grain: float = 0.0
+    """Deviation of the noise, on [-1, 1], that contents have: they had it in training, and callers add it
+    (`images.add_grain`). Not in the paper: where a content is flat, a network without noise can draw nothing
+    but a pattern that repeats with its patches."""
     published: bool = False
     """Modulate as the published code does: gamma = g and SCM = sigmoid, so a SAVSSM that starts from zero
     halves its input. Otherwise as the paper means it: a SAVSSM starts as the identity."""
@@ -56,8 +61,10 @@ class SaMamConfig:
         for name, count in counts.items():
             if count < 1:
                 raise ValueError(f"{name} must be 1 or more, got {count}")
-        if self.style_limit is not None and not self.style_limit > 0:
-            raise ValueError(f"style_limit must be above 0, or None for none, got {self.style_limit}")
+        if self.grain < 0:
+            raise ValueError(f"grain must not be negative, got {self.grain}")
+        if self.token_limit is not None and not self.token_limit > 0:
+            raise ValueError(f"token_limit must be above 0, or None for none, got {self.token_limit}")
 
     @property
     def ss2d(self) -> SS2DConfig:
@@ -75,7 +82,8 @@ SAMAM_SMALL = SaMamConfig(
     style_dim=32,
     embedder_steps=4,
     decoder=((64,), (48, 48), (32, 3)),
-    style_limit=10.0,
+    token_limit=6.0,
+    grain=0.06,
 )
 """Trains on two CPU cores. With patches of 8 px and twice the width a step costs the same and learns less:
 after 2,000 pairs the content was still unrecognisable, where these show it after 1,600."""
@@ -188,14 +196,11 @@ class StyleEmbedder(nn.Module):
             nn.Conv2d(dim, dim, 3, padding=1, padding_mode="reflect") for _ in range(config.embedder_steps)
         )
         self.fc = nn.Linear(dim * 4 * 4, config.style_dim * _CODE_SIZE**2)
-        self.limit = config.style_limit
 
     def forward(self, x: Float[Tensor, "batch dim rows columns"]) -> Float[Tensor, "batch style_dim 3 3"]:
         for conv in self.convs:
             x = F.avg_pool2d(F.leaky_relu(conv(x), 0.01), 2)
         code = self.fc(F.adaptive_avg_pool2d(x, 4).flatten(1))
-        if self.limit is not None:
-            code = code * (self.limit / code.norm(dim=1, keepdim=True).clamp(min=self.limit))
         return code.unflatten(1, (-1, _CODE_SIZE, _CODE_SIZE))
 
 
@@ -269,9 +274,11 @@ class SCM(nn.Module):
 class S7(nn.Module):
     """The style-aware scan: steps, B and C come from the content, A = -exp(linear(E)) and D = linear(E)."""
 
-    def __init__(self, config: SS2DConfig, style_dim: int, published: bool) -> None:
+    def __init__(
+        self, config: SS2DConfig, style_dim: int, published: bool, token_limit: float | None
+    ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.token_limit = config, token_limit
         dim, inner, state = config.dim, config.inner, config.state
         self.in_proj = nn.Conv2d(dim, inner, 1, bias=False)
         self.sconv = SConv(inner, style_dim)
@@ -292,6 +299,8 @@ class S7(nn.Module):
         A = -torch.exp(self.A_log(mean).float()).unflatten(1, (4, -1, self.config.state))
         D = self.D(mean).unflatten(1, (4, -1))
         inner = F.silu(self.sconv(self.in_proj(x), code))
+        if self.token_limit is not None:
+            inner = inner.clamp(max=self.token_limit)  # SiLU's least is -0.28
         return self.out_proj(self.sain(self.scan(inner, A, D), code))
 
 
@@ -301,7 +310,7 @@ class SAVSSM(nn.Module):
     def __init__(self, config: SaMamConfig) -> None:
         super().__init__()
         self.sain = SAIN(config.dim, config.style_dim, None if config.published else 1.0)
-        self.s7 = S7(config.ss2d, config.style_dim, config.published)
+        self.s7 = S7(config.ss2d, config.style_dim, config.published, config.token_limit)
         self.scm = SCM(config.dim, config.style_dim, config.published)
 
     def forward(

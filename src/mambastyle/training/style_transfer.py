@@ -15,7 +15,7 @@ from jaxtyping import Float, UInt8
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from mambastyle import checkpoints
+from mambastyle import checkpoints, images
 from mambastyle.data.packs import from_bytes, open_pack
 from mambastyle.features.squeezenet import SqueezeNetFeatures
 from mambastyle.losses import style_transfer as losses
@@ -148,7 +148,10 @@ class StyleTransferTask:
         self.config, self.device = config, device
         self.model = make_model(config.model).to(device)
         if config.start is not None:
-            checkpoints.start_from(self.model, config.start, kind=config.network, config=config.model)
+            # Neither has to do with sizes: a run may start from one with another grain.
+            free = ("grain", "token_limit")
+            kind = config.network
+            checkpoints.start_from(self.model, config.start, kind=kind, config=config.model, free=free)
         self.modules: dict[str, nn.Module] = {"model": self.model}
         self.averaged: dict[str, nn.Module] = {"model": self.model}
         section = config.pictures
@@ -214,7 +217,9 @@ class StyleTransferTask:
         return terms
 
     def stylize(self, content: Tensor, style: Tensor, random: StepRandom, name: str) -> Tensor:
-        """Run the network; Mamba-ST's shuffles are the step's own."""
+        """Run the network; grain and Mamba-ST's shuffles are the step's own."""
+        if grain := self.config.model.grain:
+            content = content + grain * random.normal(f"grain {name}", *content.shape[1:])[: len(content)]
         if isinstance(self.model, MambaST):
             return self.model(content, style, generator=random.stream(name, local=False))
         return self.model(content, style)
@@ -272,7 +277,9 @@ class StyleTransferTask:
             )
             for pictures in (self.contents, self.styles)
         )
-        stylized = averages["model"](content, style).clamp(-1, 1)
+        grain = torch.Generator(self.device).manual_seed(0)
+        stylized = averages["model"](images.add_grain(content, self.config.model.grain, grain), style)
+        stylized = stylized.clamp(-1, 1)
         return torch.stack([content, style, stylized], 1).flatten(0, 1)
 
     def export(self, averages: Mapping[str, nn.Module], folder: Path, card: dict[str, Any]) -> None:
