@@ -1,5 +1,6 @@
 """`mambastyle serve`."""
 
+import contextlib
 import functools
 from pathlib import Path
 from typing import Annotated
@@ -16,8 +17,12 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = 7860,
     examples: Annotated[
-        Path, typer.Option(help="A folder of pictures that the page offers, if it is there.")
-    ] = Path("examples"),
+        Path | None,
+        typer.Option(
+            help="A folder of pictures that the page offers; contents/ and styles/ in it for stylizing. "
+            "Default: the examples that come with this package."
+        ),
+    ] = None,
     stylizer: Annotated[
         list[str] | None,
         typer.Option(help="A preset or folder that stylizes; may be given again. Default: the presets."),
@@ -40,9 +45,13 @@ def serve(
         mambastyle serve --model my-model/ --stylizer my-style/ --port 8000
     """
     from mambastyle.api import load_inverter, load_stylizer
+    from mambastyle.cli.demo import examples_folder
     from mambastyle.presets import PRESETS, find_stylizer
     from mambastyle.ui.server import serve as run
 
+    if examples is None:
+        with contextlib.suppress(FileNotFoundError):
+            examples = examples_folder()
     installed = [name for name, preset in PRESETS.items() if preset.stylizes and not preset.missing()]
     stylizers = {}
     for source in stylizer or installed:
@@ -56,7 +65,7 @@ def serve(
         stylizers=stylizers,
         runs=runs,
         recipes=recipes,
-        examples=examples if examples.is_dir() else None,
+        examples=examples,
         max_upload=max_upload,
         open_browser=open_browser,
         announce=lambda address: typer.echo(f"the page is at {address} (Ctrl+C ends it)"),

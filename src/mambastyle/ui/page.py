@@ -62,7 +62,10 @@ def build(
             with gr.Tab("Edit", id="edit"):
                 edit.tab(inverter, found)
             with gr.Tab("Stylize", id="stylize"):
-                stylize.tab(stylizers, found)
+                contents, styles = (
+                    parts.examples(examples and examples / kind) or found for kind in ("contents", "styles")
+                )
+                stylize.tab(stylizers, contents, styles)
             with gr.Tab("Train", id="train") as selected:
                 train.tab(runs, recipes, selected)
             with gr.Tab("Doctor", id="doctor") as selected:

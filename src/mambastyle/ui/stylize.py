@@ -103,8 +103,13 @@ def stylize(
     return Stylized(name, before, after)
 
 
-def tab(stylizers: Mapping[str, Callable[[], Stylizer]], examples: Sequence[Path]) -> None:
-    """Build the tab inside the current Blocks. `stylizers` load a model by its name when it is first used."""
+def tab(
+    stylizers: Mapping[str, Callable[[], Stylizer]], contents: Sequence[Path], paintings: Sequence[Path]
+) -> None:
+    """Build the tab inside the current Blocks. `stylizers` load a model by its name when it is first used.
+
+    contents, paintings: pictures that it offers as photos and as styles.
+    """
     if not stylizers:
         gr.HTML(ABSENT)
         return
@@ -112,8 +117,8 @@ def tab(stylizers: Mapping[str, Callable[[], Stylizer]], examples: Sequence[Path
     with gr.Row(elem_classes="stage"):
         with gr.Column(scale=3, min_width=240):
             photo = parts.photo("Your photo", height=240, elem_id="stylize-photo")
-            if examples:
-                gr.Examples([[str(path)] for path in examples], photo, label="Or one of these", preload=False)
+            if contents:
+                gr.Examples([[str(path)] for path in contents], photo, label="Or one of these", preload=False)
             with gr.Accordion("Only a part of it: paint where", open=False) as part:
                 editor = gr.ImageEditor(
                     label="Paint where to stylize",
@@ -144,9 +149,9 @@ def tab(stylizers: Mapping[str, Callable[[], Stylizer]], examples: Sequence[Path
             parts.download("Save picture", save, [made], elem_id="stylize-save", limit=LIMIT)
         with gr.Column(scale=4, min_width=280):
             styles = [parts.photo("Style", height=200, elem_id="stylize-style-1")]
-            if examples:
+            if paintings:
                 gr.Examples(
-                    [[str(path)] for path in examples], styles[0], label="Or one of these", preload=False
+                    [[str(path)] for path in paintings], styles[0], label="Or one of these", preload=False
                 )
             with gr.Accordion("Mix in more styles", open=False):
                 weights = [_weight(1)]
