@@ -304,7 +304,7 @@ def test_ray_survives_the_death_of_a_worker(tmp_path, tiny_model_folder, monkeyp
     from tests.jobs.slow import SlowEditJob
 
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(Path(ms.__file__).parents[1])]))
-    photos = make_photos(tmp_path / "photos", 32, bad=5)
+    photos = make_photos(tmp_path / "photos", 64, bad=5)
     target = Target(tmp_path / "out")
     job = SlowEditJob(str(tiny_model_folder), ("gender=1",), batch_size=1, device="cpu", seconds=0.2)
     killed = []
@@ -321,9 +321,9 @@ def test_ray_survives_the_death_of_a_worker(tmp_path, tiny_model_folder, monkeyp
     finally:
         ray.shutdown()
         killer.join()
-    assert (report.done, report.before, list(report.failed)) == (31, 0, [str(photos / "photo005.png")])
+    assert (report.done, report.before, list(report.failed)) == (63, 0, [str(photos / "photo005.png")])
     assert set(Counter(line["key"] for line in lines(target.folder)).values()) == {1}
-    assert len(list(target.folder.glob("*.png"))) == 31
+    assert len(list(target.folder.glob("*.png"))) == 63
     writers = {int(line["writer"].split(":")[1]) for line in lines(target.folder)}
     assert len(writers) >= 3
     assert killed[0] in writers
@@ -331,5 +331,5 @@ def test_ray_survives_the_death_of_a_worker(tmp_path, tiny_model_folder, monkeyp
     again = run_here(
         EditJob(str(tiny_model_folder), ("gender=1",), batch_size=1, device="cpu"), items_of(photos), target
     )
-    assert (again.before, again.done, len(again.failed)) == (31, 0, 1)
+    assert (again.before, again.done, len(again.failed)) == (63, 0, 1)
     assert images.read(target.folder / "photo000.gender+1.png").shape == (3, 16, 16)

@@ -1,6 +1,7 @@
 """A job from beginning to end, in this process or on Ray; each resumes what the other began."""
 
 import dataclasses
+import math
 import os
 import pickle
 import uuid
@@ -85,9 +86,9 @@ def run_on_ray(
 ) -> Report:
     """Do a job with Ray Data on `workers` processes, of this machine or of the cluster that is connected.
 
-    Items travel in groups of `group` (a tar each, where tars are written). A group whose worker died is done
-    again by another worker, but for what the dead one had noted as done. Inputs and outputs lie in folders
-    that all machines see. Raises ModuleNotFoundError without the extra "ray".
+    Items travel in groups of `group` at most (a tar each, where tars are written). A group whose worker died
+    is done again by another worker, but for what the dead one had noted as done. Inputs and outputs lie in
+    folders that all machines see. Raises ModuleNotFoundError without the extra "ray".
     """
     # Before it is imported: Ray would report its use.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -104,7 +105,8 @@ def run_on_ray(
         todo = _begin(manifest, items, target, Shard())
         before = len(items) - len(todo)
         progress(before)
-        size = target.per_tar or group
+        # Some groups for each worker, so that none waits long for another's last.
+        size = target.per_tar or min(group, max(1, math.ceil(len(todo) / (4 * workers))))
         first = next_number(target.folder, "part") if target.per_tar else 0
         groups = [
             {"number": first + start // size, "items": pickle.dumps(todo[start : start + size])}
