@@ -41,7 +41,7 @@ FLAGS = [
     "--disable-sync",
 ]
 # Generous: the machine may be busy. A test waits for what it needs and no longer.
-PATIENCE = 60_000
+PATIENCE = 120_000
 # Put before the server: every connection that it would make to another machine is refused and written down.
 GUARD = """
 import os, sys
