@@ -173,7 +173,10 @@ def blur(image: Tensor, deviation: float, radius: int | None = None) -> Tensor:
 def add_grain(
     image: Float[Tensor, "*batch 3 height width"], deviation: float, generator: torch.Generator
 ) -> Float[Tensor, "*batch 3 height width"]:
-    """The picture with noise of each pixel and colour; the picture itself for a deviation of 0."""
+    """Pictures in [-1, 1] with normal noise of this deviation, in each pixel and colour; not clamped.
+
+    The picture itself for a deviation of 0. The draw depends on the generator and the picture's size.
+    """
     if not deviation:
         return image
     noise = torch.randn(image.shape, generator=generator, device=generator.device)

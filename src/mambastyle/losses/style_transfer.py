@@ -87,7 +87,7 @@ def shuffles(
     """How much a picture of Mamba-ST depends on its random shuffles: squared difference under two draws.
 
     Not in the papers. What one draw has and another lacks belongs to neither picture: it shows as blotches in
-    flat regions, and as flicker where seeds change.
+    flat regions, and as flicker where seeds change. In training the grain of the two is another one as well.
     """
     return F.mse_loss(stylized, again) / 4  # in [0, 1]
 

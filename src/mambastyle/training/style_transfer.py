@@ -219,6 +219,7 @@ class StyleTransferTask:
     def stylize(self, content: Tensor, style: Tensor, random: StepRandom, name: str) -> Tensor:
         """Run the network; grain and Mamba-ST's shuffles are the step's own."""
         if grain := self.config.model.grain:
+            # Drawn for the whole batch, so that two processes see the noise that one sees.
             content = content + grain * random.normal(f"grain {name}", *content.shape[1:])[: len(content)]
         if isinstance(self.model, MambaST):
             return self.model(content, style, generator=random.stream(name, local=False))
