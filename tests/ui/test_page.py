@@ -197,9 +197,13 @@ def move(page, direction: str, steps: int) -> None:
     """Move a slider by the keyboard, and wait until the picture has followed."""
     before = edited(page).get_attribute("src")
     slider = page.locator(f"#edit-{direction} input[type=range]")
+    number = page.locator(f"#edit-{direction} input[type=number]")
+    goal = round(float(number.input_value()) + steps / 10, 1)
     slider.focus()
     for _ in range(abs(steps)):
         slider.press("ArrowRight" if steps > 0 else "ArrowLeft")
+    # On a busy machine the picture may follow before the last key has arrived.
+    expect(number).to_have_value(f"{goal:g}")
     expect(edited(page)).not_to_have_attribute("src", before)
 
 
