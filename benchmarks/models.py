@@ -7,8 +7,8 @@
 "published": the four orders copied, exp(delta A) made for all steps, a loop in PyTorch (`peers.py`); training
 compares with our plain PyTorch backend instead, since the published loop's backward pass is quadratic.
 Contestants take turns within each repeat; figures are medians of wall time, so let nothing else run. Weights
-are random but for kaokore64's. Shares are PyTorch's profiler's own times of operators; what the operators
-leave (Python, and waiting) counts as rest.
+are random but for kaokore64's. Freed memory is kept, as by the command line, for all contestants. Shares are
+PyTorch's profiler's own times of operators; what the operators leave (Python, and waiting) counts as rest.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from mambastyle.allocator import keep_freed_memory
 from mambastyle.api import Inverter, Stylizer, load_inverter
 from mambastyle.evaluation.cost import GENERATORS
 from mambastyle.latents.directions import Direction, Directions
@@ -170,6 +171,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures there")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
     report: dict[str, Any] = {"threads": arguments.threads, "load_average": os.getloadavg()[0]}
     for name in arguments.cases or (TRAININGS if arguments.train else CASES):
         figures: dict[str, Any] = {}

@@ -6,7 +6,8 @@
 
 The style is encoded once, before; a run is one content. Contestants take turns within each repeat; figures
 are medians. On one thread CPU time counts, which other programs on the machine disturb least; with more, wall
-time. Set OMP_NUM_THREADS to the threads that you ask for.
+time. Set OMP_NUM_THREADS to the threads that you ask for. Freed memory is kept, as by the command line; with
+--fresh-memory it goes back to the system.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambastyle.allocator import keep_freed_memory
 from mambastyle.api import Stylizer, load_stylizer
 from mambastyle.evaluation.memory import peak_memory
 from mambastyle.models.mamba_st import MambaST, MambaSTConfig
@@ -99,15 +101,18 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256, help="of the comparison")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--fresh-memory", action="store_true", help="do not keep freed memory")
     parser.add_argument("--json", type=Path, help="write the figures there")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
+    kept = not arguments.fresh_memory and keep_freed_memory()
     if arguments.model in MODELS:
         stylizer = Stylizer(MODELS[arguments.model](), name=arguments.model, device="cpu")
     else:
         stylizer = load_stylizer(arguments.model, device="cpu")
     report: dict[str, Any] = {"model": stylizer.name, "threads": arguments.threads}
+    report["kept_memory"] = kept
     report["load_average"] = os.getloadavg()[0]
     stylizer.stylize(*pictures(64))
     if arguments.sizes:

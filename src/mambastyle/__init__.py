@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mambastyle.allocator import keep_freed_memory, return_freed_memory
     from mambastyle.api import Inverted, Inverter, Stylizer, StylizeWarning, load
     from mambastyle.checkpoints import CheckpointError
     from mambastyle.images import ImageError, ImageWarning
@@ -33,7 +34,9 @@ __all__ = [
     "StylizeWarning",
     "Stylizer",
     "__version__",
+    "keep_freed_memory",
     "load",
+    "return_freed_memory",
 ]
 
 _HOMES = {
@@ -49,7 +52,9 @@ _HOMES = {
     "Inverter": "api",
     "StylizeWarning": "api",
     "Stylizer": "api",
+    "keep_freed_memory": "allocator",
     "load": "api",
+    "return_freed_memory": "allocator",
 }
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from mambastyle.allocator import kept_bytes
 from mambastyle.models.mamba_st import MambaST
 from mambastyle.models.samam import SaMam
 
@@ -50,7 +51,7 @@ def available_bytes(device: torch.device) -> int | None:
                 found.append(int(most) - int(used.read_text()))
     except (OSError, KeyError, ValueError):
         pass
-    return min(found) if found else None
+    return min(found) + kept_bytes() if found else None
 
 
 def check_memory(network: SaMam | MambaST, height: int, width: int, device: torch.device) -> None:

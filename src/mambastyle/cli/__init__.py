@@ -7,6 +7,7 @@ import traceback
 import click
 import typer
 
+from mambastyle.allocator import keep_freed_memory
 from mambastyle.cli import (
     about,
     convert,
@@ -56,6 +57,7 @@ app.command()(about.doctor)
 
 def main() -> None:
     """Run the command line; what a user can cause ends in one line and an exit code other than 0."""
+    keep_freed_memory()
     try:
         app()
     except KeyboardInterrupt:

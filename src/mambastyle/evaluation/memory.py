@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from mambastyle.allocator import return_freed_memory
+
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -25,6 +27,8 @@ def peak_memory(device: torch.device | None = None) -> Iterator[Peak]:
         yield peak
         peak.bytes = torch.accelerator.max_memory_allocated(device) - before
         return
+    # Kept memory would be taken for what the block starts from.
+    return_freed_memory()
     try:
         _CLEAR.write_text("5")
         before = _resident("VmRSS")
