@@ -12,7 +12,6 @@ time.
 """
 
 import argparse
-import ctypes
 import gc
 import importlib.util
 import json
@@ -31,6 +30,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mambastyle.allocator import keep_freed_memory
+from mambastyle.evaluation.memory import peak_memory
 from mambastyle.ops import selective_scan
 from peers import published
 
@@ -148,29 +149,11 @@ def contestants(name: str, kind: str, device: str, only: list[str] | None) -> li
 
 
 def peak_extra_bytes(run: Callable[[], Any], device: str) -> int | None:
-    """How far memory rises above where it stood before the call: resident memory of the process (Linux), or
-    PyTorch's allocations on the GPU.
-    """
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    if not sys.platform.startswith("linux"):
-        return None
+    """How far memory rises above where it stood before the call."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-
-    def resident(field: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = resident("VmRSS")
-    result = run()
-    peak = resident("VmHWM") - before
-    del result
-    return peak
+    with peak_memory(torch.device(device)) as peak:
+        run()
+    return peak.bytes
 
 
 def seconds(run: Callable[[], Any], device: str) -> tuple[float, float]:
@@ -245,9 +228,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=list(OURS), default="cpu")
+    parser.add_argument(
+        "--keep-memory",
+        action="store_true",
+        help="all contestants: ms.keep_freed_memory(), as the command line",
+    )
     parser.add_argument("--json", type=Path, help="write the figures there")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    kept = arguments.keep_memory and keep_freed_memory()
     repeats = 3 if arguments.quick else arguments.repeats
     clock = "cpu_ms" if arguments.threads == 1 else "wall_ms"
     ours = OURS[arguments.device]
@@ -255,6 +244,7 @@ def main() -> None:
         "command": " ".join(sys.argv),
         "threads": arguments.threads,
         "ratios_of": clock,
+        "kept_memory": kept,
         "machine": machine(),
     }
     results: dict[str, Any] = {}
