@@ -104,12 +104,19 @@ def test_a_perceptual_reconstruction_without_its_network_is_an_error(settings):
         run(GANConfig(**(settings | {"reconstruction": {"share": 0.5}})))
 
 
-@pytest.mark.parametrize(("name", "share", "fit"), [("-1", 0.75, False), ("", 0.5, True)])
-def test_the_recipes_are_valid(name, share, fit, request):
+@pytest.mark.parametrize(
+    ("name", "share", "fit", "start"),
+    [
+        ("-1", 0.75, False, None),
+        ("-2", 0.5, True, "runs/gan-kaokore64-1/generator.safetensors"),
+        ("", 0.125, False, "runs/gan-kaokore64-2/generator.safetensors"),
+    ],
+)
+def test_the_recipes_are_valid(name, share, fit, start, request):
     config = read_run_file(request.config.rootpath / "recipes" / f"gan-kaokore64{name}.yaml", GANConfig)
     assert config.name == f"gan-kaokore64{name}"
     assert (config.reconstruction.share, config.reconstruction.fit_prior) == (share, fit)
-    assert (config.start is not None) == fit
+    assert config.start == start
 
 
 def test_starts_from_a_checkpoint(settings):
