@@ -9,22 +9,31 @@ import pytest
 import mambastyle as ms
 
 FAULTS = """
-import resource, sys, torch
+import resource, threading, torch
 from mambastyle import allocator
 
 def faults(megabytes):
+    # As in the page, the work is another thread's.
+    found = []
+    worker = threading.Thread(target=lambda: found.append(count(megabytes)))
+    worker.start()
+    worker.join()
+    return found[0]
+
+def count(megabytes):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(megabytes * 2**18)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-fresh = [faults(32) for _ in range(4)][-1]
 kept = allocator.keep_freed_memory()
 # Twice as large: small allocations nibble at freed blocks, and an aligned one asks for more than its size.
-faults(64)
-again, held = faults(32), allocator.kept_bytes()
+faults(160)
+again, held = faults(80), allocator.kept_bytes()
 allocator.return_freed_memory()
-print(int(kept), fresh, again, held, faults(32))
+print(int(kept), again, held, faults(80))
 """
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the GNU C library's allocator")
 
 
 def measured(**environment: str) -> list[int]:
@@ -35,22 +44,20 @@ def measured(**environment: str) -> list[int]:
     return [int(word) for word in done.stdout.split()]
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the GNU C library's allocator")
 def test_kept_memory_is_used_again_without_new_pages():
-    kept, fresh, again, held, returned = measured()
+    kept, again, held, returned = measured()
     assert kept
-    assert held > 2**25
-    # Huge pages make few faults of many.
     assert again <= 8
-    assert fresh > 16
+    assert held > 80 * 2**20
+    # Of huge pages it takes few.
     assert returned > 16
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the GNU C library's allocator")
 def test_settings_of_the_environment_win():
-    kept, fresh, again, _, _ = measured(MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072")
+    kept, again, held, _ = measured(MALLOC_TRIM_THRESHOLD_="131072")
     assert not kept
-    assert again > fresh / 2
+    assert again > 16
+    assert held < 2**24
 
 
 def test_both_are_public():

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 # malloc.h of the GNU C library
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 _PAD = 2**26
 _CHOSEN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
 
@@ -38,7 +38,8 @@ def keep_freed_memory() -> bool:
 
     Stylizing 1024 px is a third faster and 2048 px 40 %, small pictures hardly (docs/kernels.md). The process
     stays as large as it once was; `return_freed_memory` shrinks it. The command line does this for itself; a
-    library should not, so in Python it is yours to call.
+    library should not, so in Python it is yours to call. Call it before there are threads: those that run
+    already go on as they did.
 
     Returns whether it took effect: not without the GNU C library (macOS, Windows, Alpine), nor where the
     environment has settings of its own (MALLOC_TRIM_THRESHOLD_ and others).
@@ -46,7 +47,8 @@ def keep_freed_memory() -> bool:
     library = _glibc()
     if library is None or any(name in os.environ for name in _CHOSEN):
         return False
-    settings = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, _PAD))
+    # One arena: those that other threads get hold 64 MB at most, and what is larger is mapped anew each time.
+    settings = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, _PAD), (_ARENA_MAX, 1))
     return all([library.mallopt(name, value) == 1 for name, value in settings])
 
 
