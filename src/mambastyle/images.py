@@ -14,7 +14,7 @@ import warnings
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -45,14 +45,20 @@ class ImageWarning(UserWarning):
     """A picture that was read, but not as it stood: transparency composited, a tiny picture enlarged."""
 
 
-def read(source: Any, *, at_least: int | None = None) -> Float[Tensor, "3 height width"]:
+Background = Literal["white", "black"]
+
+
+def read(
+    source: Any, *, at_least: int | None = None, background: Background = "white"
+) -> Float[Tensor, "3 height width"]:
     """A picture as a tensor in [-1, 1], upright, sRGB, opaque.
 
     `source` is a path, the bytes of a file, a PIL picture, an array (height width), (height width 1|3|4), or
     a tensor (3 height width) or (1 3 height width). EXIF rotation is applied, an embedded colour profile and
-    CMYK converted to sRGB, grey and palettes expanded, 16 bits kept; transparency is composited on white with
-    an ImageWarning. Of an animation it is the first frame. With `at_least`, a picture whose short side is
-    four times that or more is first reduced by a whole factor (a box filter), which spares time and memory.
+    CMYK converted to sRGB, grey and palettes expanded, 16 bits kept; transparency is composited on
+    `background` with an ImageWarning. Of an animation it is the first frame. With `at_least`, a picture whose
+    short side is four times that or more is first reduced by a whole factor (a box filter), which spares time
+    and memory.
 
     Raises ImageError with a remedy when it is no picture, is damaged, or is too large (Pillow's own limit
     against decompression bombs, 179 million pixels).
@@ -60,14 +66,14 @@ def read(source: Any, *, at_least: int | None = None) -> Float[Tensor, "3 height
     if isinstance(source, Tensor):
         return _from_tensor(source)
     if isinstance(source, np.ndarray):
-        return _from_array(source)
+        return _from_array(source, background)
     if isinstance(source, Image.Image):
-        return _from_pil(source, "the picture", at_least)
+        return _from_pil(source, "the picture", at_least, background)
     if isinstance(source, bytes | bytearray):
-        return _decode(bytes(source), "the picture", at_least)
+        return _decode(bytes(source), "the picture", at_least, background)
     if isinstance(source, str | os.PathLike):
         path = Path(source)
-        return _decode(_read_bytes(path), str(path), at_least)
+        return _decode(_read_bytes(path), str(path), at_least, background)
     raise TypeError(
         f"cannot read a picture from {type(source).__name__}: "
         "give a path, bytes, a PIL picture, an array or a tensor"
@@ -297,7 +303,7 @@ def grid(
         text_at(left + column * pitch_x + 1, 0, text, width)
     for row, text in enumerate(row_labels or ()):
         text_at(2, top + row * pitch_y + (height - line) / 2, text, left)
-    return _from_pil(sheet, "the grid", None)
+    return _from_pil(sheet, "the grid", None, "white")
 
 
 # ---- from files ----------------------------------------------------------------------------------------
@@ -340,7 +346,7 @@ def _read_bytes(path: Path) -> bytes:
         raise ImageError(f"cannot read {path}: {error.strerror or error}; check its permissions") from error
 
 
-def _decode(data: bytes, name: str, at_least: int | None) -> Tensor:
+def _decode(data: bytes, name: str, at_least: int | None, background: Background) -> Tensor:
     if not data:
         raise ImageError(f"{name} is empty (0 bytes): copy or download it again")
     with warnings.catch_warnings():
@@ -365,7 +371,7 @@ def _decode(data: bytes, name: str, at_least: int | None) -> Tensor:
             raise ImageError(_too_large(name)) from error
         except _DECODING_ERRORS as error:
             raise ImageError(_damaged(name, error)) from error
-    return _from_pil(picture, name, at_least)
+    return _from_pil(picture, name, at_least, background)
 
 
 def _too_large(name: str) -> str:
@@ -380,7 +386,7 @@ def _damaged(name: str, error: Exception) -> str:
 # ---- from PIL, arrays and tensors ----------------------------------------------------------------------
 
 
-def _from_pil(picture: Image.Image, name: str, at_least: int | None) -> Tensor:
+def _from_pil(picture: Image.Image, name: str, at_least: int | None, background: Background) -> Tensor:
     picture = _upright(picture)
     factor = min(picture.size) // (2 * at_least) if at_least else 1
     if factor >= 2 and picture.mode not in ("P", "PA", "1"):
@@ -388,8 +394,8 @@ def _from_pil(picture: Image.Image, name: str, at_least: int | None) -> Tensor:
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
         return _from_high_depth(np.asarray(picture), name)
     if picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info:
-        picture = _on_white(picture, name)
-    return _from_array(np.array(_to_srgb(picture)))
+        picture = _opaque(picture, name, background)
+    return _from_array(np.array(_to_srgb(picture)), background)
 
 
 def _upright(picture: Image.Image) -> Image.Image:
@@ -418,13 +424,15 @@ def _to_srgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def _on_white(picture: Image.Image, name: str) -> Image.Image:
+def _opaque(picture: Image.Image, name: str, background: Background) -> Image.Image:
     rgba = picture.convert("RGBA")
     if rgba.getchannel("A").getextrema()[0] == 255:
         opaque = rgba.convert("RGB")
     else:
-        warnings.warn(f"{name} is transparent in places: composited on white", ImageWarning, stacklevel=5)
-        opaque = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        warnings.warn(
+            f"{name} is transparent in places: composited on {background}", ImageWarning, stacklevel=5
+        )
+        opaque = Image.alpha_composite(Image.new("RGBA", rgba.size, background), rgba).convert("RGB")
     if picture.mode in ("RGBA", "RGB"):
         opaque.info["icc_profile"] = picture.info.get("icc_profile")
     return opaque
@@ -438,10 +446,10 @@ def _from_high_depth(values: np.ndarray, name: str) -> Tensor:
         raise ImageError(
             f"{name} has grey values from {low:g} to {high:g}, expected 0..65535 or 0.0..1.0: rescale it"
         )
-    return _from_array((values / white).astype(np.float32))
+    return _from_array((values / white).astype(np.float32), "white")
 
 
-def _from_array(values: np.ndarray) -> Tensor:
+def _from_array(values: np.ndarray, background: Background) -> Tensor:
     channels = values.shape[2] if values.ndim == 3 else 1
     if values.ndim not in (2, 3) or channels not in (1, 3, 4) or 0 in values.shape:
         raise ImageError(f"an array of shape {values.shape} is no picture: expected (height, width[, 1|3|4])")
@@ -466,9 +474,9 @@ def _from_array(values: np.ndarray) -> Tensor:
         alpha = unit[3:]
         if bool((alpha < 1).any()):
             warnings.warn(
-                "the array is transparent in places: composited on white", ImageWarning, stacklevel=3
+                f"the array is transparent in places: composited on {background}", ImageWarning, stacklevel=3
             )
-        unit = unit[:3] * alpha + (1 - alpha)
+        unit = unit[:3] * alpha + (1 - alpha if background == "white" else 0)
     return unit.expand(3, -1, -1).clamp(0, 1).mul(2).sub(1).contiguous()
 
 

@@ -136,6 +136,17 @@ def test_a_mask_keeps_the_photo_outside_with_a_soft_edge(stylizer):
         assert torch.equal(run(stylizer, photo, STYLE, mask=same), stylized)
 
 
+def test_what_is_transparent_in_a_mask_lies_outside(stylizer):
+    white = Image.new("RGBA", (48, 32), (255, 255, 255, 0))
+    white.paste((255, 255, 255, 255), (0, 0, 24, 32))
+    photo, mask = picture(64, 96), np.zeros((32, 48), bool)
+    mask[:, :24] = True
+    expected = run(stylizer, photo, STYLE, mask=mask)
+    for cut_out in (white, np.asarray(white)):
+        with pytest.warns(ms.ImageWarning, match="composited on black"):
+            assert torch.equal(run(stylizer, photo, STYLE, mask=cut_out), expected)
+
+
 def test_an_empty_mask_gives_the_photo_back_and_says_so(stylizer):
     with pytest.warns(ms.StylizeWarning, match="the mask is empty"):
         assert torch.equal(run(stylizer, PHOTO, STYLE, mask=np.zeros((5, 5), np.uint8)), PHOTO)

@@ -146,9 +146,10 @@ class Stylizer:
         styles, weights: several styles instead of one, mixed by weights (default: equal ones; normalised to
         a sum of 1 with a StylizeWarning). SaMam mixes the codes of the styles, Mamba-ST the maps that its
         decoder draws, at the cost of a pass for each style.
-        mask: where to stylize, a picture that is white there (or an array or tensor (height width), 0 to 1 or
-        bool); resized to the photo, with a soft edge. With `styles`, a list of masks, one for each, gives
-        each its own region; where several overlap they share, and where none is, the photo stays.
+        mask: where to stylize: a picture that is white there, and black or transparent elsewhere (or an array
+        or tensor (height width), 0 to 1 or bool); resized to the photo, with a soft edge. With `styles`, a
+        list of masks, one for each, gives each its own region; where several overlap they share, and where
+        none is, the photo stays.
         seed: of Mamba-ST's shuffles, and of the fine noise that a network with `grain` in its config gets
         with the photo; the same for all pictures of a call.
         average: of so many of Mamba-ST's shuffles the mean is painted: smoother, less of it chance, and the
@@ -298,10 +299,14 @@ def keep_colours(
 
 
 def read_mask(mask: Any, height: int, width: int) -> Float[Tensor, "1 {height} {width}"]:
-    """A mask as 0 (outside) to 1 at a picture's size, with an edge about as soft as a 30th of the picture."""
+    """A mask as 0 (outside) to 1 at a picture's size, with an edge about as soft as a 30th of the picture.
+
+    What is transparent lies outside.
+    """
     if isinstance(mask, Tensor):
         mask = mask.detach().cpu().numpy().squeeze()
-    grey = (images.resize(images.read(mask), height, width).mean(0, keepdim=True) + 1) * 127.5
+    grey = images.resize(images.read(mask, background="black"), height, width).mean(0, keepdim=True)
+    grey = (grey + 1) * 127.5
     # In 8 bits: what is outside stays exactly the photo, whatever the resizing's rounding.
     return images.blur(grey.round() / 255, min(height, width) * _FEATHER)
 

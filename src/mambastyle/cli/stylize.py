@@ -98,7 +98,8 @@ def stylize(
             styles[name] = prepare_style(path)
     parts = parse_weights(weights)
     # A mask that cannot be read ends the command: without it the regions would be others.
-    masks = [images.read(path).mean(0).add(1).div(2) for one in mask or [] for path in images.find(one)]
+    paths = [path for one in mask or [] for path in images.find(one)]
+    masks = [images.read(path, background="black").mean(0).add(1).div(2) for path in paths]
     together = mix or parts is not None or len(masks) > 1
     if len(masks) > 1 and len(masks) != len(styles):
         raise ValueError(f"{len(masks)} masks for {len(styles)} styles: give one mask, or one for each style")
