@@ -85,7 +85,7 @@ def cost(stylizer: Stylizer, size: int, repeats: int, threads: int) -> dict[str,
 
     with peak_memory(stylizer.device) as peak:
         run()
-    seconds = statistics.median(timed(run, threads) for _ in range(repeats))
+    seconds = statistics.median([timed(run, threads) for _ in range(repeats)])
     figures = {"ms": 1e3 * seconds, "ns_per_pixel": 1e9 * seconds / size**2}
     if peak.bytes is not None:
         figures |= {"peak_MB": peak.bytes / 1e6, "bytes_per_pixel": peak.bytes / size**2}

@@ -26,6 +26,7 @@ def count(megabytes):
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 kept = allocator.keep_freed_memory()
+assert allocator.keeps_freed_memory() == kept
 # Twice as large: small allocations nibble at freed blocks, and an aligned one asks for more than its size.
 faults(160)
 again, held = faults(80), allocator.kept_bytes()

@@ -16,6 +16,9 @@ _PAD = 2**26
 _CHOSEN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
 
 
+_keeps = False
+
+
 class _Mallinfo2(ctypes.Structure):
     # Of ten counts of bytes the ninth is what is free in all arenas.
     _fields_ = [("before", ctypes.c_size_t * 8), ("fordblks", ctypes.c_size_t), ("after", ctypes.c_size_t)]
@@ -44,12 +47,19 @@ def keep_freed_memory() -> bool:
     Returns whether it took effect: not without the GNU C library (macOS, Windows, Alpine), nor where the
     environment has settings of its own (MALLOC_TRIM_THRESHOLD_ and others).
     """
+    global _keeps
     library = _glibc()
     if library is None or any(name in os.environ for name in _CHOSEN):
         return False
     # One arena: those that other threads get hold 64 MB at most, and what is larger is mapped anew each time.
     settings = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, _PAD), (_ARENA_MAX, 1))
-    return all([library.mallopt(name, value) == 1 for name, value in settings])
+    _keeps = all([library.mallopt(name, value) == 1 for name, value in settings])
+    return _keeps
+
+
+def keeps_freed_memory() -> bool:
+    """Whether `keep_freed_memory` took effect in this process."""
+    return _keeps
 
 
 def return_freed_memory() -> None:
