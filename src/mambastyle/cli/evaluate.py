@@ -144,6 +144,12 @@ def editing(
     ways_count: WaysCount = None,
     weights: JudgeFiles = None,
     strengths: Annotated[str, typer.Option(help="The strengths, with commas.")] = "0,0.5,1,1.5,2,3",
+    status: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A status to edit towards, beside both genders; may be given again. Default: noble, warrior."
+        ),
+    ] = None,
     seed: Seed = 0,
     count: Count = None,
     report: Report = None,
@@ -163,6 +169,7 @@ def editing(
         _directions(model, directions),
         judge,
         strengths=_numbers(strengths),
+        statuses=status or ("noble", "warrior"),
         w_plus_only=(_LATENTS_ALONE,),
         others=_ways(ways),
         others_count=ways_count,
