@@ -1,6 +1,7 @@
 """Freed memory is kept on request, comes back on request, and is counted as free meanwhile."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -34,7 +35,7 @@ allocator.return_freed_memory()
 print(int(kept), again, held, faults(80))
 """
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the GNU C library's allocator")
+needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="settings of the GNU C library")
 
 
 def measured(**environment: str) -> list[int]:
@@ -45,6 +46,7 @@ def measured(**environment: str) -> list[int]:
     return [int(word) for word in done.stdout.split()]
 
 
+@needs_glibc
 def test_kept_memory_is_used_again_without_new_pages():
     kept, again, held, returned = measured()
     assert kept
@@ -54,6 +56,7 @@ def test_kept_memory_is_used_again_without_new_pages():
     assert returned > 16
 
 
+@needs_glibc
 def test_settings_of_the_environment_win():
     kept, again, held, _ = measured(MALLOC_TRIM_THRESHOLD_="131072")
     assert not kept
