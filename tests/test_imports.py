@@ -59,6 +59,7 @@ mambastyle.cli = importlib.import_module("mambastyle.cli")
 assert "torch" not in sys.modules, "the command line imports torch before a command runs"
 import torch
 before = (torch.random.get_rng_state().sum().item(), torch.get_num_threads(), torch.get_default_dtype())
+import torch._inductor.runtime.cache_dir_utils  # PyTorch itself sets a variable when it is first imported
 environment, folder = dict(os.environ), sorted(os.listdir("."))
 for path in sorted(root.rglob("*.py")):
     parts = path.relative_to(root.parent).with_suffix("").parts
