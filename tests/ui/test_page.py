@@ -120,11 +120,12 @@ def visit(server, browser):
     """Open the page as one more visitor; at the end nobody's browser has asked any other machine."""
     contexts, requests, errors = [], [], []
 
-    def open_page(width: int = 1280, height: int = 900):
+    def open_page(width: int = 1280, height: int = 900, before: str = ""):
         context = browser.new_context(viewport={"width": width, "height": height}, accept_downloads=True)
         context.set_default_timeout(PATIENCE)
         contexts.append(context)
         page = context.new_page()
+        page.add_init_script(before)
         page.on("request", lambda request: requests.append(request.url))
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(server[0])
@@ -321,6 +322,35 @@ def test_on_a_phone_nothing_sticks_out_and_the_picture_stays_in_view(visit):
     assert box["y"] >= -1
     assert box["y"] + box["height"] <= 844 / 2
     screenshot(page, "page-phone")
+
+
+# Put before the page: what tells the browser that its stream of results is closed arrives late.
+LATE_CLOSING = """
+const original = window.fetch.bind(window);
+window.fetch = async (resource, options) => {
+    const response = await original(resource, options);
+    if (!new URL(resource.url ?? resource, location.href).pathname.endsWith("/queue/data")) return response;
+    const late = new TransformStream({
+        async transform(chunk, controller) {
+            if (new TextDecoder().decode(chunk).includes("close_stream")) {
+                window.closings = (window.closings ?? 0) + 1;
+                await new Promise((resolve) => setTimeout(resolve, 3000));
+            }
+            controller.enqueue(chunk);
+        },
+    });
+    return new Response(response.body.pipeThrough(late), response);
+};
+"""
+
+
+def test_what_is_asked_while_the_stream_of_results_closes_is_answered(visit):
+    page = visit(before=LATE_CLOSING)
+    upload(page, PICTURE)
+    expect(page.locator("#edit-strip img")).to_have_count(7)
+    for number in range(1, 4):
+        page.wait_for_function(f"window.closings >= {number}")
+        move(page, "noble", 1)
 
 
 def test_a_photo_is_stylized_where_it_is_painted(visit, style_source, tmp_path):

@@ -25,10 +25,12 @@ POLICY = (
 )
 # Gradio applies STYLE below its container; this is the container itself. Clipped, not hidden: a hidden
 # overflow would keep the picture from staying in view on a phone.
-HEAD = """<style>
-.gradio-container { max-width: 1320px !important; margin: 0 auto !important; overflow: clip !important; }
-@media (max-width: 640px) { .gradio-container > .main { padding: 0.5rem !important; } }
-</style>"""
+HEAD = f"""<style>
+.gradio-container {{ max-width: 1320px !important; margin: 0 auto !important; overflow: clip !important; }}
+@media (max-width: 640px) {{ .gradio-container > .main {{ padding: 0.5rem !important; }} }}
+</style>
+<script>
+{Path(__file__).with_name("stream.js").read_text(encoding="utf-8")}</script>"""
 STYLE = Path(__file__).with_name("page.css")
 
 
