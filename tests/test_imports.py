@@ -11,7 +11,7 @@ import mambastyle
 
 ROOT = Path(mambastyle.__file__).parent
 LEVELS = {
-    **dict.fromkeys(["ops", "allocator", "images", "video", "checkpoints", "files"], 0),
+    **dict.fromkeys(["ops", "allocator", "compute", "images", "video", "checkpoints", "files"], 0),
     **dict.fromkeys(["nn"], 1),
     **dict.fromkeys(["models", "features", "latents", "losses"], 2),
     **dict.fromkeys(["data", "training", "published", "presets"], 3),

@@ -2,12 +2,13 @@
 
 import os
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mambastyle.checkpoints import nearest
+from mambastyle.compute import Precision
 
 
 class Section(BaseModel):
@@ -24,7 +25,7 @@ class RunConfig(Section):
     seed: int = 0
     steps: int
     batch: int
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     ema_decay: float = 0.999
     clip_gradient: float | None = None
     accumulate: int = 1

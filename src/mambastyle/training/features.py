@@ -22,6 +22,7 @@ from jaxtyping import Float, Int, UInt8
 from pydantic import Field
 from torch import Tensor, nn
 
+from mambastyle.compute import channels_last
 from mambastyle.data.packs import Pack, from_bytes, open_pack
 from mambastyle.features import small
 from mambastyle.features.small import Head, SmallFeatures, SmallFeaturesConfig, pool
@@ -168,11 +169,10 @@ class FeaturesTask:
         self.config, self.pictures, self.validation = config, training, validation
         self.network = SmallFeatures(SmallFeaturesConfig(**config.model.model_dump(), heads=heads))
         self.teaching = Teaching(self.network.config)
-        self.teacher = SqueezeNetFeatures(config.squeezenet).to(device)
+        self.teacher = SqueezeNetFeatures(config.squeezenet)
         self.modules: dict[str, nn.Module] = {"network": self.network, "teaching": self.teaching}
         for module in (self.teacher, *self.modules.values()):
-            # torch accepts this; its stubs do not know memory_format here.
-            module.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+            channels_last(module, device)
         self.averaged: dict[str, nn.Module] = {"network": self.network}
         self.draw_weights = draw_weights(training, config.shares)
         self.log_priors = {

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from mambastyle import checkpoints
+from mambastyle.compute import channels_last
 from mambastyle.data.packs import from_bytes, open_pack
 from mambastyle.features.squeezenet import CHANNELS, SqueezeNetFeatures
 from mambastyle.losses import adversarial, reconstruction
@@ -201,7 +202,7 @@ class GANTask:
                 batches = (from_bytes(part) for part in self.pictures.split(256))
                 fit_prior(self.generator.mapping, self.encoder, batches, torch.Generator().manual_seed(0))
         for module in self.modules.values():
-            module.to(device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+            channels_last(module, device)
         self.averaged: dict[str, nn.Module] = {"generator": self.generator}
         self.probability = AdaptiveProbability(config.augment_target)
         self.probability.value = config.augment_initial

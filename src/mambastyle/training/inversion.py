@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mambastyle import checkpoints, images
+from mambastyle.compute import channels_last
 from mambastyle.data.packs import from_bytes, open_pack
 from mambastyle.files import write_whole
 from mambastyle.latents.directions import Directions
@@ -192,9 +193,9 @@ class InversionTask:
         source = checkpoints.load(config.generator, kind="stylegan2")
         # Where the feature enters is MambaStyle's choice.
         layer = config.model.feature_layer if config.model.feature else 0
-        self.generator = Generator.from_checkpoint(source, layer).to(device)
+        self.generator = channels_last(Generator.from_checkpoint(source, layer), device)
         check_match(config.model, self.generator.config)
-        self.model = MambaStyle(config.model).to(device)
+        self.model = channels_last(MambaStyle(config.model), device)
         if config.start is not None:
             checkpoints.start_from(self.model, config.start, kind="mambastyle", config=config.model)
         self.modules: dict[str, nn.Module] = {"model": self.model}

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mambastyle import published
+from mambastyle.compute import channels_last
 from mambastyle.features import identity, small
 from mambastyle.features.face_parsing import FaceParsingUNet
 from mambastyle.features.identity import ArcFace
@@ -81,7 +82,7 @@ class Judge:
 def _eyes(section: JudgeSection, device: torch.device) -> Callable[[Tensor], Maps]:
     """What a network sees in a picture: the chosen ones of its maps."""
     if section.network == "squeezenet":
-        squeezenet = SqueezeNetFeatures(section.file).to(device)
+        squeezenet = channels_last(SqueezeNetFeatures(section.file), device)
         return lambda image: squeezenet(at_size(image, _SIZE), section.layers or None)
     if section.network == "arcface":
         arcface = _published(section, device, ArcFace)
@@ -93,7 +94,7 @@ def _eyes(section: JudgeSection, device: torch.device) -> Callable[[Tensor], Map
         raise ValueError(
             "the judge of network small needs a file: train one with recipes/features-judge.yaml"
         )
-    network = small.load(section.file).to(device)
+    network = channels_last(small.load(section.file), device)
     return lambda image: _chosen(network(at_size(image, _SIZE)), section)
 
 

@@ -16,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from mambastyle import checkpoints, images
+from mambastyle.compute import channels_last
 from mambastyle.data.packs import from_bytes, open_pack
 from mambastyle.features.squeezenet import SqueezeNetFeatures
 from mambastyle.losses import style_transfer as losses
@@ -146,7 +147,7 @@ class StyleTransferTask:
 
     def __init__(self, config: StyleTransferConfig, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.model = make_model(config.model).to(device)
+        self.model = channels_last(make_model(config.model), device)
         if config.start is not None:
             # Neither has to do with sizes: a run may start from one with another grain.
             free = ("grain", "token_limit")
@@ -300,7 +301,7 @@ class Judge:
     def __init__(self, section: JudgeSection, device: torch.device) -> None:
         self.maps: Callable[[Tensor, Iterable[str]], Maps]
         if section.network == "squeezenet":
-            self.maps = SqueezeNetFeatures(section.file).to(device)
+            self.maps = channels_last(SqueezeNetFeatures(section.file), device)
             self.content = section.content or losses.SQUEEZENET_CONTENT
             self.style = section.style or losses.SQUEEZENET_STYLE
             self.scales: Mapping[str, float] | None = losses.SQUEEZENET_SCALES
@@ -311,7 +312,7 @@ class Judge:
                 raise ValueError("the judge vgg-normalised needs its published weights: name their file")
             network = published.load(section.file, kind="vgg-normalised")
             assert isinstance(network, nn.Module)
-            self.maps = network.to(device)
+            self.maps = channels_last(network, device)
             self.content = section.content or losses.VGG_CONTENT
             self.style = section.style or losses.VGG_STYLE
             self.scales = None
