@@ -4,6 +4,7 @@
     python benchmarks/models.py --cases kaokore64 --no-published
     python benchmarks/models.py --train               # training steps, pictures per second
 
+"bf16" is ours with precision="bf16", "levels" how far its picture lies from float32's in the mean, of 255.
 "published": the four orders copied, exp(delta A) made for all steps, a loop in PyTorch (`peers.py`); training
 compares with our plain PyTorch backend instead, since the published loop's backward pass is quadratic.
 Contestants take turns within each repeat; figures are medians of wall time, so let nothing else run. Weights
@@ -27,6 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mambastyle.allocator import keep_freed_memory
 from mambastyle.api import Inverter, Stylizer, load_inverter
+from mambastyle.compute import Precision
 from mambastyle.evaluation.cost import GENERATORS
 from mambastyle.latents.directions import Direction, Directions
 from mambastyle.models.mamba_st import MambaST, MambaSTConfig
@@ -59,23 +61,24 @@ def editing(inverter: Inverter, direction: str) -> Run:
     return run
 
 
-def kaokore64() -> Run:
-    inverter = load_inverter("kaokore64", device="cpu")
+def kaokore64(precision: Precision) -> Run:
+    inverter = load_inverter("kaokore64", device="cpu", precision=precision)
     return editing(inverter, next(iter(inverter.directions)))
 
 
-def faces1024() -> Run:
+def faces1024(precision: Precision) -> Run:
     torch.manual_seed(0)
     generator = Generator(GENERATORS["faces1024"])
     size, count = generator.config.w_dim, generator.config.num_ws
     directions = Directions([Direction.from_w("smile", torch.randn(size) / size**0.5, count)])
-    return editing(Inverter(MambaStyle(CONFIGS["faces1024"]), generator, directions, device="cpu"), "smile")
+    model = MambaStyle(CONFIGS["faces1024"])
+    return editing(Inverter(model, generator, directions, device="cpu", precision=precision), "smile")
 
 
-def stylizing(make: Callable[[], SaMam | MambaST], size: int) -> Run:
+def stylizing(make: Callable[[], SaMam | MambaST], size: int, precision: Precision) -> Run:
     """One content in a style that is known already."""
     torch.manual_seed(0)
-    stylizer = Stylizer(make(), device="cpu")
+    stylizer = Stylizer(make(), device="cpu", precision=precision)
     content, style = random_picture(size), random_picture(size, seed=1)
 
     def run() -> Tensor:
@@ -84,10 +87,10 @@ def stylizing(make: Callable[[], SaMam | MambaST], size: int) -> Run:
     return run
 
 
-CASES: dict[str, tuple[str, Callable[[], Run]]] = {
+CASES: dict[str, tuple[str, Callable[[Precision], Run]]] = {
     "kaokore64": ("invert and edit, 64 px", kaokore64),
-    "samam": ("512 px, patch 8", lambda: stylizing(lambda: SaMam(SaMamConfig()), 512)),
-    "mamba-st": ("256 px", lambda: stylizing(lambda: MambaST(MambaSTConfig()), 256)),
+    "samam": ("512 px, patch 8", lambda precision: stylizing(lambda: SaMam(SaMamConfig()), 512, precision)),
+    "mamba-st": ("256 px", lambda precision: stylizing(lambda: MambaST(MambaSTConfig()), 256, precision)),
     "faces1024": ("invert and edit, 1024 px", faces1024),
 }
 TRAININGS = {
@@ -122,21 +125,27 @@ def seconds(run: Run) -> float:
     return time.perf_counter() - started
 
 
-def in_turns(run: Run, scans: dict[str, Callable[..., Tensor]], repeats: int) -> dict[str, float]:
-    """Medians of seconds, by scan; after a warm-up each, and a slow one does not run often."""
+def in_turns(contestants: dict[str, Run], repeats: int) -> dict[str, float]:
+    """Medians of seconds, by contestant; after a warm-up each, and a slow one does not run often."""
     times: dict[str, list[float]] = {}
-    for name, scan in scans.items():
-        with swapped(scan):
-            times[name] = []
-            warm = seconds(run)
-            if warm > 20:
-                times[name] = [warm]
+    for name, run in contestants.items():
+        warm = seconds(run)
+        times[name] = [warm] if warm > 20 else []
     for _ in range(repeats):
-        for name, scan in scans.items():
+        for name, run in contestants.items():
             if len(times[name]) * max(times[name], default=0) < 20:
-                with swapped(scan):
-                    times[name].append(seconds(run))
+                times[name].append(seconds(run))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def with_scan(scan: Callable[..., Tensor], run: Run) -> Run:
+    """The same with another scan of grids."""
+
+    def swapped_run() -> Any:
+        with swapped(scan):
+            return run()
+
+    return swapped_run
 
 
 def shares(run: Run) -> dict[str, Any]:
@@ -144,7 +153,7 @@ def shares(run: Run) -> dict[str, Any]:
     run()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         whole = 1e6 * seconds(run)
-    products = ("mm", "convolution", "linear", "onednn", "mkldnn")
+    products = ("mm", "conv", "linear", "onednn", "mkldnn")
     sums, rest = {"products": 0.0, "scan": 0.0}, {}
     for event in profiler.key_averages():
         if event.key.startswith("mambastyle::"):
@@ -175,23 +184,26 @@ def main() -> None:
     report: dict[str, Any] = {"threads": arguments.threads, "load_average": os.getloadavg()[0]}
     for name in arguments.cases or (TRAININGS if arguments.train else CASES):
         figures: dict[str, Any] = {}
-        scans: dict[str, Callable[..., Tensor]] = {"ours": ss2d_scan}
         if name in TRAININGS:
             what = "training step"
             run, batch = training(name)
-            scans["plain"] = functools.partial(ss2d_scan, backend="reference")
+            contestants = {"ours": run}
+            others = {"plain": with_scan(functools.partial(ss2d_scan, backend="reference"), run)}
         else:
             (what, make), batch = CASES[name], 1
-            run = make()
-            scans["published"] = published_ss2d
-        if arguments.no_published:
-            scans = {"ours": ss2d_scan}
-        times = in_turns(run, scans, arguments.repeats)
-        for scan, taken in times.items():
-            figures[f"{scan}_ms"] = 1e3 * taken
-            figures[f"{scan}_pictures_per_second"] = batch / taken
-            if scan != "ours":
-                figures["ratio"] = taken / times["ours"]
+            run = make("fp32")
+            contestants = {"ours": run, "bf16": make("bf16")}
+            others = {"published": with_scan(published_ss2d, run)}
+            apart = (run() - contestants["bf16"]()).abs().mean().item()
+            figures["levels"] = apart * 255 / 2  # pictures are in [-1, 1]
+        if not arguments.no_published:
+            contestants |= others
+        times = in_turns(contestants, arguments.repeats)
+        for contestant, taken in times.items():
+            figures[f"{contestant}_ms"] = 1e3 * taken
+            figures[f"{contestant}_pictures_per_second"] = batch / taken
+            if contestant != "ours":
+                figures[f"{contestant}_over_ours"] = taken / times["ours"]
         figures |= shares(run)
         report[name] = {"what": what, **figures}
         print(name, what, *(f"{k} {v:.4g}" if isinstance(v, float) else f"({v})" for k, v in figures.items()))

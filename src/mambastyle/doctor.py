@@ -55,6 +55,21 @@ def _device() -> str:
     return str(torch.accelerator.current_accelerator())
 
 
+def _precision() -> str:
+    """Whether `precision="bf16"` pays: elsewhere bfloat16 is made of float32 and is slower."""
+    import torch
+
+    if torch.cuda.is_available():
+        capable, where = torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
+    else:
+        # torch knows its processor since 2.11.
+        found = getattr(torch.cpu, "get_capabilities", dict)()
+        capable, where = any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")), "this CPU"
+    if capable:
+        return f"bfloat16 is in the hardware of {where}"
+    return f"{where} is not known to have bfloat16: fp32 is faster"
+
+
 def _scan() -> str:
     """Every backend that says it can run must agree with the reference."""
     import torch
@@ -101,6 +116,7 @@ _CHECKS: dict[str, Callable[[], str]] = {
     "python": _python,
     "torch": _torch,
     "device": _device,
+    "precision": _precision,
     "selective scan": _scan,
     "pictures": _pillow,
     "presets": _presets,

@@ -238,3 +238,17 @@ def test_a_model_with_a_frame_takes_and_gives_its_proportions(
     torch.testing.assert_close(prepared[:, 6:26], torch.zeros(3, 20, 32))
     rendered = inverter.render(inverter.edit(torch.zeros(3, 60, 80), {"noble": 1.0}), output="tensor")
     assert rendered.shape == (1, 3, 12, 16)
+
+
+def test_bfloat16_comes_near_and_gives_float32(inverter, tiny_model_folder, faces):
+    fast = ms.load(tiny_model_folder, device="cpu", precision="bf16")
+    exact, near = (each.edit(faces, {"gender": 1.0}) for each in (inverter, fast))
+    for a, b in ((exact.ws, near.ws), (exact.feature, near.feature)):
+        assert b.dtype == torch.float32
+        assert 0 < (a - b).abs().max() < 0.05 * a.abs().max()
+    rendered = fast.render(near, output="tensor")
+    assert rendered.dtype == torch.float32
+    assert (rendered - inverter.render(exact, output="tensor")).abs().mean() < 0.02
+    # A batch in bfloat16 may round otherwise than its pictures alone, but an optimisation never runs in it.
+    found = [each.invert(faces[0], method="optimise", steps=2).ws for each in (inverter, fast)]
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)

@@ -282,3 +282,11 @@ def test_models_are_loaded_by_their_kind(tiny_stylizer_folder, tiny_model_folder
         ms.load(tmp_path)
     with pytest.raises(CheckpointError, match="did you mean 'samam-small'"):
         ms.load("samam-smal")
+
+
+def test_bfloat16_comes_near_and_gives_float32(stylizer, tiny_stylizer_folder):
+    fast = ms.load(tiny_stylizer_folder, device="cpu", precision="bf16")
+    for strength in (0.5, 1.0):
+        near = run(fast, PHOTO, STYLE, strength=strength)
+        assert near.dtype == torch.float32
+        assert 0 < (near - run(stylizer, PHOTO, STYLE, strength=strength)).abs().mean() < 0.02

@@ -4,6 +4,7 @@ import errno
 import os
 import sys
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -76,6 +77,16 @@ def test_edit_of_a_picture_equals_edit_of_its_saved_inversion(run, faces):
 def test_jpeg_and_layers(run, faces):
     assert run("edit", faces[0], "-e", "gender@0:2=2", "-f", "jpg", "--no-save")[0] == 0
     assert names() == ["face0.gender_0-2+2.jpg"]
+
+
+def test_bfloat16_changes_a_picture_a_little(run, faces):
+    pictures = []
+    for precision in ("fp32", "bf16"):
+        code, _, err = run("edit", faces[0], "-e", "gender=1", "--precision", precision, "--out", precision)
+        assert (code, err) == (0, "")
+        with Image.open(f"{precision}/face0.gender+1.png") as picture:
+            pictures.append(np.asarray(picture).astype(int))
+    assert 0 < np.abs(pictures[0] - pictures[1]).mean() < 3
 
 
 def test_a_grid_is_one_picture_of_many_strengths(run, faces):

@@ -1,6 +1,7 @@
 """Big jobs: nothing lost, nothing done twice, a bad picture costs itself alone, and both engines agree."""
 
 import contextlib
+import dataclasses
 import gc
 import json
 import os
@@ -205,6 +206,9 @@ def test_a_folder_belongs_to_one_job_and_a_part_to_one_process(job, photos, tmp_
     run_here(job, items_of(photos)[:1], target)
     other = EditJob(str(tiny_model_folder), ("gender=2",), batch_size=2, device="cpu")
     with pytest.raises(JobError, match=r"holds another job \(by edits\): choose another --out"):
+        run_here(other, items_of(photos), target)
+    other = dataclasses.replace(job, precision="bf16")
+    with pytest.raises(JobError, match=r"holds another job \(by precision\): choose another --out"):
         run_here(other, items_of(photos), target)
     identity = job.identity() | target.identity()
     with Manifest(target.folder, identity), pytest.raises(JobError, match="another process works on"):

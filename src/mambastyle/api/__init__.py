@@ -7,6 +7,7 @@ import torch
 from mambastyle.api.inverter import Inverted, Inverter, load_inverter
 from mambastyle.api.methods import METHODS
 from mambastyle.api.stylizer import Stylizer, StylizeWarning, load_stylizer
+from mambastyle.compute import Precision
 from mambastyle.doctor import Finding, examine
 from mambastyle.presets import StylizerFile, find
 
@@ -25,15 +26,22 @@ __all__ = [
 
 
 def load(
-    source: str | os.PathLike[str], *, device: str | torch.device | None = None, batch_size: int = 16
+    source: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    precision: Precision = "fp32",
+    batch_size: int = 16,
 ) -> Inverter | Stylizer:
     """Load a preset by name, or a model from disk: an Inverter or a Stylizer, by what it is.
 
     A model on disk is a folder with generator.safetensors and inversion.safetensors, or samam.safetensors or
     mamba-st.safetensors, or a folder with one of these. `device` is by default the accelerator where there is
-    one, else the CPU; an Inverter runs `batch_size` pictures at once, a Stylizer one after the other. Raises
-    checkpoints.CheckpointError when something is missing, damaged, or does not belong together.
+    one, else the CPU. `precision` "bf16" runs products and convolutions in bfloat16: large models take about
+    half the time on GPUs and CPUs that have it in hardware (`mambastyle doctor` says so), and pictures change
+    by about one level in 255. An Inverter runs `batch_size` pictures at once, a Stylizer one after the other.
+    Raises checkpoints.CheckpointError when something is missing, damaged, or does not belong together, and
+    ValueError for a device or precision that cannot be had.
     """
     if isinstance(find(source), StylizerFile):
-        return load_stylizer(source, device=device)
-    return load_inverter(source, device=device, batch_size=batch_size)
+        return load_stylizer(source, device=device, precision=precision)
+    return load_inverter(source, device=device, precision=precision, batch_size=batch_size)

@@ -25,6 +25,7 @@ from mambastyle.api.inputs import Recent, as_list, find_device, names_of
 from mambastyle.api.methods import MethodName, Search, find_judge
 from mambastyle.api.photos import edit_photo
 from mambastyle.checkpoints import Checkpoint, CheckpointError
+from mambastyle.compute import Precision, check_precision, computing_in, freeze
 from mambastyle.files import write_whole
 from mambastyle.latents.directions import Directions, Edits
 from mambastyle.latents.optimise import Judge, Tuned, TunedSynthesis
@@ -92,7 +93,11 @@ class Inverted:
 
 
 def load_inverter(
-    source: str | os.PathLike[str], *, device: str | torch.device | None = None, batch_size: int = 16
+    source: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    precision: Precision = "fp32",
+    batch_size: int = 16,
 ) -> "Inverter":
     """As `api.load`, for models that invert alone: CheckpointError for any other."""
     files = find_model(source)
@@ -123,6 +128,7 @@ def load_inverter(
         name=files.name,
         model_hash=hashlib.sha256((generator_file.sha256 + inversion_file.sha256).encode()).hexdigest(),
         device=device,
+        precision=precision,
         batch_size=batch_size,
         features=files.features,
         files=files,
@@ -146,6 +152,7 @@ class Inverter:
         name: str = "model",
         model_hash: str | None = None,
         device: str | torch.device | None = None,
+        precision: Precision = "fp32",
         batch_size: int = 16,
         features: Path | None = None,
         files: ModelFiles | None = None,
@@ -168,8 +175,9 @@ class Inverter:
             | {f"generator.{k}": t for k, t in generator.state_dict().items()}
         )
         self.device = find_device(device)
-        self.model = model.to(self.device).eval().requires_grad_(False)
-        self.generator = generator.to(self.device).eval().requires_grad_(False)
+        self.precision: Precision = check_precision(precision, self.device)
+        self.model = freeze(model, self.device)
+        self.generator = freeze(generator, self.device)
         self.features = features
         self._judge: tuple[str, Judge | None] | None = None
         self._direction_features: Recent[Tensor] = Recent(CACHED_DIRECTIONS)
@@ -182,6 +190,7 @@ class Inverter:
         download: bool = False,
         revision: str | None = None,
         device: str | torch.device | None = None,
+        precision: Precision = "fp32",
         batch_size: int = 16,
     ) -> "Inverter":
         """`api.load` for what `save_pretrained` wrote, or for a model of the Hugging Face hub (`owner/name`).
@@ -189,7 +198,7 @@ class Inverter:
         A hub id is taken from huggingface_hub's cache; only `download=True` reaches the network.
         """
         found = hub.locate(source, download=download, revision=revision)
-        return load_inverter(found, device=device, batch_size=batch_size)
+        return load_inverter(found, device=device, precision=precision, batch_size=batch_size)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write the model as a folder that `load` takes and the hub keeps, with config.json and a model card.
@@ -292,14 +301,17 @@ class Inverter:
         for start in range(0, len(many), self.batch_size):
             part = many[start : start + self.batch_size]
             batch = torch.stack([self.prepare(image, search.side) for image in part])
-            inversion, tuned = search.invert(batch.to(self.device), progress)
+            # What optimises takes steps too small for bfloat16.
+            precision: Precision = "fp32" if search.optimises else self.precision
+            with computing_in(precision, self.device):
+                inversion, tuned = search.invert(batch.to(self.device), progress)
             found.append(inversion)
             tunings += [] if tuned is None else [tuned]
-        ws = torch.cat([inversion.ws for inversion in found]).cpu()
+        ws = torch.cat([inversion.ws for inversion in found]).float().cpu()
         features = [inversion.feature for inversion in found if inversion.feature is not None]
         return Inverted(
             ws=ws,
-            feature=torch.cat(features).cpu() if features else None,
+            feature=torch.cat(features).float().cpu() if features else None,
             offset=torch.zeros_like(ws),
             names=tuple(names) if names is not None else names_of(many),
             model=self.model_hash,
@@ -358,14 +370,15 @@ class Inverter:
             feature = None if inverted.feature is None else inverted.feature[part].to(self.device)
             encoded = Inversion(inverted.ws[part].to(self.device), feature)
             offset = inverted.offset[part].to(self.device)
-            edited = self.model.edit(encoded, offset, self._direction_feature(offset, feature))
-            ws = edited.ws + self.generator.mapping.w_avg
-            if inverted.tuned is None:
-                picture = self.generator.synthesis(ws, feature=edited.feature)
-            else:
-                tuned = {name: rows[part].to(self.device) for name, rows in inverted.tuned.items()}
-                picture = TunedSynthesis(self.generator.synthesis)(ws, tuned)
-            rendered.append(picture.clamp(-1, 1).cpu())
+            with computing_in(self.precision, self.device):
+                edited = self.model.edit(encoded, offset, self._direction_feature(offset, feature))
+                ws = edited.ws + self.generator.mapping.w_avg
+                if inverted.tuned is None:
+                    picture = self.generator.synthesis(ws, feature=edited.feature)
+                else:
+                    tuned = {name: rows[part].to(self.device) for name, rows in inverted.tuned.items()}
+                    picture = TunedSynthesis(self.generator.synthesis)(ws, tuned)
+            rendered.append(picture.float().clamp(-1, 1).cpu())
         batch, frame = torch.cat(rendered), self.model.config.frame
         if frame is not None:
             batch = images.crop_middle(batch, *frame)

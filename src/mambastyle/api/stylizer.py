@@ -20,6 +20,7 @@ from torch import Tensor
 from mambastyle import checkpoints, hub, images
 from mambastyle.api.inputs import Recent, as_list, find_device
 from mambastyle.api.memory import check_memory
+from mambastyle.compute import Precision, check_precision, computing_in, freeze
 from mambastyle.models.mamba_st import MambaST, MambaSTConfig
 from mambastyle.models.samam import SaMam, SaMamConfig
 from mambastyle.presets import StylizerFile, find_stylizer
@@ -43,7 +44,12 @@ class Draws(NamedTuple):
     average: int
 
 
-def load_stylizer(source: str | os.PathLike[str], *, device: str | torch.device | None = None) -> "Stylizer":
+def load_stylizer(
+    source: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    precision: Precision = "fp32",
+) -> "Stylizer":
     """As `api.load`, for models that stylize alone: CheckpointError for any other."""
     file = find_stylizer(source)
     checkpoint = checkpoints.load(file.path)
@@ -55,7 +61,7 @@ def load_stylizer(source: str | os.PathLike[str], *, device: str | torch.device 
         else:
             network = MambaST(checkpoints.config_from_dict(MambaSTConfig, checkpoint.config))
     checkpoints.fill(network, checkpoint.tensors, file.path)
-    return Stylizer(network, name=file.name, device=device, file=file)
+    return Stylizer(network, name=file.name, device=device, precision=precision, file=file)
 
 
 class Stylizer:
@@ -71,12 +77,14 @@ class Stylizer:
         *,
         name: str = "model",
         device: str | torch.device | None = None,
+        precision: Precision = "fp32",
         file: StylizerFile | None = None,
     ) -> None:
         self.name = name
         self.file = file
         self.device = find_device(device)
-        self.network = network.to(self.device).eval().requires_grad_(False)
+        self.precision: Precision = check_precision(precision, self.device)
+        self.network = freeze(network, self.device)
         self._codes: Recent[Tensor] = Recent(CACHED_STYLES)
 
     @classmethod
@@ -87,12 +95,14 @@ class Stylizer:
         download: bool = False,
         revision: str | None = None,
         device: str | torch.device | None = None,
+        precision: Precision = "fp32",
     ) -> "Stylizer":
         """`api.load` for what `save_pretrained` wrote, or for a model of the Hugging Face hub (`owner/name`).
 
         A hub id is taken from huggingface_hub's cache; only `download=True` reaches the network.
         """
-        return load_stylizer(hub.locate(source, download=download, revision=revision), device=device)
+        found = hub.locate(source, download=download, revision=revision)
+        return load_stylizer(found, device=device, precision=precision)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write the model as a folder that `load` takes and the hub keeps, with config.json and a model card.
@@ -198,7 +208,12 @@ class Stylizer:
         """What the network needs to know of a style, from the picture or from an earlier call."""
         image = prepare_style(style)
         key = hashlib.sha256(repr(image.shape).encode() + image.numpy().tobytes()).digest()
-        return self._codes.get(key, lambda: self.network.encode_style(image[None].to(self.device)))
+
+        def encode() -> Tensor:
+            with computing_in(self.precision, self.device):
+                return self.network.encode_style(image[None].to(self.device))
+
+        return self._codes.get(key, encode)
 
     def _one(
         self,
@@ -218,7 +233,8 @@ class Stylizer:
         check_memory(self.network, height, width, self.device)
 
         def stylized(codes: list[Tensor], shares: list[float]) -> Tensor:
-            picture = self._stylized(photo, codes, shares, strength, draws)
+            with computing_in(self.precision, self.device):
+                picture = self._stylized(photo, codes, shares, strength, draws)
             return keep_colours(picture, photo) if keep_color else picture
 
         if not masks:
@@ -246,10 +262,10 @@ class Stylizer:
         content = images.add_grain(photo, network.config.grain, random)[None]
         mapped = self._transfer(content, codes, shares, draws)
         if strength == 1:
-            return network.paint(mapped, height, width)[0].clamp_(-1, 1)
-        own = network.encode_style(prepare_style(photo)[None])
+            return network.paint(mapped, height, width)[0].float().clamp_(-1, 1)
+        own = network.encode_style(prepare_style(photo)[None].to(self.device))
         reference = self._transfer(content, [own], [1.0], draws)
-        picture = network.paint(torch.lerp(reference, mapped, strength), height, width)[0]
+        picture = network.paint(torch.lerp(reference, mapped, strength), height, width)[0].float()
         if strength < 1:
             picture += (1 - strength) * (photo - network.paint(reference, height, width)[0])
         return picture.clamp_(-1, 1)

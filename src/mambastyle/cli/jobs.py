@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mambastyle.cli.batch import Batch, progress
-from mambastyle.cli.pictures import BatchSize, Device, Form, Format, Model
+from mambastyle.cli.pictures import BatchSize, Device, Form, Format, Model, Precise
 
 if TYPE_CHECKING:
     from mambastyle.jobs.work import Job
@@ -62,6 +62,7 @@ def edit(
     workers: Workers = 2,
     batch_size: BatchSize = 16,
     device: Device = None,
+    precision: Precise = "fp32",
 ) -> None:
     """Edit pictures along directions: OUT/NAME.gender+1.5.png, or OUT/part-000000.tar with NAME.png.
 
@@ -78,7 +79,7 @@ def edit(
         name, strength = parse_edit(text)
         if strength is None:
             raise DirectionError(f"the edit {text!r} has no strength: write {name}=1.5")
-    job = EditJob(model, tuple(edits), f".{form.value}", batch_size, device)
+    job = EditJob(model, tuple(edits), f".{form.value}", batch_size, device, precision)
     _run("edit", job, inputs, out, shard, per_tar if tar else None, threads, engine, workers)
 
 
@@ -105,6 +106,7 @@ def stylize(
     engine: On = Engine.here,
     workers: Workers = 2,
     device: Device = None,
+    precision: Precise = "fp32",
 ) -> None:
     """Stylize pictures of any size: OUT/NAME.stylized.png, or OUT/part-000000.tar with NAME.png.
 
@@ -121,7 +123,7 @@ def stylize(
     check_strength(strength)
     shares = tuple(check_weights(style, parse_weights(weights)))
     job = StylizeJob(
-        model, tuple(style), shares, strength, keep_color, seed, average, f".{form.value}", device
+        model, tuple(style), shares, strength, keep_color, seed, average, f".{form.value}", device, precision
     )
     _run("stylize", job, inputs, out, shard, per_tar if tar else None, threads, engine, workers)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mambastyle.cli.pictures import Device, Model
+from mambastyle.cli.pictures import Device, Model, Precise
 
 
 def serve(
@@ -32,6 +32,7 @@ def serve(
     max_upload: Annotated[str, typer.Option(help="The largest file that may be uploaded.")] = "20mb",
     open_browser: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     device: Device = None,
+    precision: Precise = "fp32",
 ) -> None:
     """Serve a page in the browser: edit, stylize, train, and examine this installation.
 
@@ -57,9 +58,10 @@ def serve(
     for source in stylizer or installed:
         # Found now, so that a mistyped one is an error here; loaded when it is first used.
         name = find_stylizer(source).name
-        stylizers[name] = functools.cache(functools.partial(load_stylizer, source, device=device))
+        load = functools.partial(load_stylizer, source, device=device, precision=precision)
+        stylizers[name] = functools.cache(load)
     run(
-        load_inverter(model, device=device),
+        load_inverter(model, device=device, precision=precision),
         host=host,
         port=port,
         stylizers=stylizers,

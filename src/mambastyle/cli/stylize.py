@@ -1,13 +1,14 @@
 """`mambastyle stylize`: photographs, folders of them or a video in the manner of paintings."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mambastyle.cli.batch import Batch, progress
-from mambastyle.cli.pictures import Device, Form, Format
+from mambastyle.cli.pictures import Device, Form, Format, Precise
+from mambastyle.compute import Precision
 from mambastyle.files import stems
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def stylize(
     video: Annotated[Path | None, typer.Option(help="Stylize every frame of this video.")] = None,
     form: Form = Format.png,
     device: Device = None,
+    precision: Precise = "fp32",
 ) -> None:
     """Stylize photographs: each content in the manner of each style, in exactly its own size.
 
@@ -117,12 +119,12 @@ def stylize(
             batch.finish()
         recipes = {"mix": {"styles": list(styles.values()), "weights": parts}}
     if video is not None:
-        return _video(video, out, model, device, recipes, options, size, batch)
+        return _video(video, out, lambda: _load(model, device, precision), recipes, options, size, batch)
 
     paths = batch.find(contents or [])
     if not paths or not recipes:
         return batch.finish(out)
-    stylizer = _load(model, device)
+    stylizer = _load(model, device, precision)
     if grid:
         return _grid(stylizer, paths, styles, options, out / f"grid.{form.value}", batch)
     names = stems(paths)
@@ -140,10 +142,10 @@ def stylize(
     return batch.finish(out)
 
 
-def _load(model: str, device: str | None) -> "Stylizer":
+def _load(model: str, device: str | None, precision: Precision) -> "Stylizer":
     from mambastyle.api import load_stylizer
 
-    return load_stylizer(model, device=device)
+    return load_stylizer(model, device=device, precision=precision)
 
 
 def _grid(
@@ -188,8 +190,7 @@ def _grid(
 def _video(
     source: Path,
     target: Path,
-    model: str,
-    device: str | None,
+    load: Callable[[], "Stylizer"],
     recipes: dict[str, dict[str, Any]],
     options: dict[str, Any],
     size: int | None,
@@ -205,7 +206,7 @@ def _video(
         raise ValueError(f"{len(recipes)} styles for a video: give one, or mix them with --mix or --weights")
     (source,) = images.find(source, suffixes=videos.SUFFIXES, what="videos")
     found = videos.inspect(source)
-    stylizer = _load(model, device)
+    stylizer = load()
     (recipe,) = recipes.values()
 
     def change(frame: "Tensor") -> "Tensor":

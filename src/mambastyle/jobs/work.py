@@ -11,6 +11,7 @@ from torch import Tensor
 from mambastyle import images
 from mambastyle.api import Inverter, Stylizer, load_inverter, load_stylizer
 from mambastyle.checkpoints import read_header
+from mambastyle.compute import Precision
 from mambastyle.files import file_name
 from mambastyle.latents.directions import Direction, parse_edit
 from mambastyle.presets import find_model, find_stylizer
@@ -58,6 +59,7 @@ class EditJob:
     suffix: str = ".png"
     batch_size: int = 16
     device: str | None = None
+    precision: Precision = "fp32"
 
     @property
     def label(self) -> str:
@@ -69,10 +71,13 @@ class EditJob:
         hashes = {path.stem: read_header(path).sha256 for path in (files.generator, files.inversion)}
         if files.directions is not None:
             hashes["directions"] = read_header(files.directions).sha256
-        return {"verb": "edit", "edits": self.edits, "suffix": self.suffix, **hashes}
+        named = ("edits", "suffix", "precision")
+        return {"verb": "edit", **{key: getattr(self, key) for key in named}, **hashes}
 
     def build(self) -> "EditWork":
-        inverter = load_inverter(self.model, device=self.device, batch_size=self.batch_size)
+        inverter = load_inverter(
+            self.model, device=self.device, precision=self.precision, batch_size=self.batch_size
+        )
         parsed = [parse_edit(text) for text in self.edits]
         edits = [(inverter.directions.at(name), strength or 0.0) for name, strength in parsed]
         return EditWork(inverter, edits, self.suffix)
@@ -109,20 +114,21 @@ class StylizeJob:
     average: int = 1
     suffix: str = ".png"
     device: str | None = None
+    precision: Precision = "fp32"
 
     @property
     def label(self) -> str:
         return "stylized"
 
     def identity(self) -> dict[str, Any]:
-        named = ("weights", "strength", "keep_color", "seed", "average", "suffix")
+        named = ("weights", "strength", "keep_color", "seed", "average", "suffix", "precision")
         options = {key: getattr(self, key) for key in named}
         styles = [hashlib.sha256(Path(style).read_bytes()).hexdigest() for style in self.styles]
         network = read_header(find_stylizer(self.model).path).sha256
         return {"verb": "stylize", "styles": styles, "network": network, **options}
 
     def build(self) -> "StylizeWork":
-        return StylizeWork(load_stylizer(self.model, device=self.device), self)
+        return StylizeWork(load_stylizer(self.model, device=self.device, precision=self.precision), self)
 
 
 class StylizeWork:
