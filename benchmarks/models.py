@@ -4,7 +4,8 @@
     python benchmarks/models.py --cases kaokore64 --no-published
     python benchmarks/models.py --train               # training steps, pictures per second
 
-"bf16" is ours with precision="bf16", "levels" how far its picture lies from float32's in the mean, of 255.
+"contiguous" is ours with weights laid out channel by channel, as PyTorch makes them; "bf16" ours with
+precision="bf16", and "levels" how far its picture lies from float32's in the mean, of 255.
 "published": the four orders copied, exp(delta A) made for all steps, a loop in PyTorch (`peers.py`); training
 compares with our plain PyTorch backend instead, since the published loop's backward pass is quadratic.
 Contestants take turns within each repeat; figures are medians of wall time, so let nothing else run. Weights
@@ -20,7 +21,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,13 +47,22 @@ ROOT = Path(__file__).parents[1]
 Run = Callable[[], Any]
 
 
+class Setting(NamedTuple):
+    """How a model computes."""
+
+    precision: Precision = "fp32"
+    layout: torch.memory_format = torch.channels_last
+
+
 def random_picture(size: int, seed: int = 0) -> Tensor:
     return torch.rand(3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def editing(inverter: Inverter, direction: str) -> Run:
+def editing(inverter: Inverter, direction: str, setting: Setting) -> Run:
     """One picture inverted, edited and rendered."""
     picture = random_picture(inverter.resolution)
+    inverter.model.to(memory_format=setting.layout)  # type: ignore[call-overload]
+    inverter.generator.to(memory_format=setting.layout)  # type: ignore[call-overload]
 
     def run() -> Tensor:
         edited = inverter.edit(inverter.invert(picture), {direction: 1.0})
@@ -61,24 +71,26 @@ def editing(inverter: Inverter, direction: str) -> Run:
     return run
 
 
-def kaokore64(precision: Precision) -> Run:
-    inverter = load_inverter("kaokore64", device="cpu", precision=precision)
-    return editing(inverter, next(iter(inverter.directions)))
+def kaokore64(setting: Setting) -> Run:
+    inverter = load_inverter("kaokore64", device="cpu", precision=setting.precision)
+    return editing(inverter, next(iter(inverter.directions)), setting)
 
 
-def faces1024(precision: Precision) -> Run:
+def faces1024(setting: Setting) -> Run:
     torch.manual_seed(0)
     generator = Generator(GENERATORS["faces1024"])
     size, count = generator.config.w_dim, generator.config.num_ws
     directions = Directions([Direction.from_w("smile", torch.randn(size) / size**0.5, count)])
     model = MambaStyle(CONFIGS["faces1024"])
-    return editing(Inverter(model, generator, directions, device="cpu", precision=precision), "smile")
+    inverter = Inverter(model, generator, directions, device="cpu", precision=setting.precision)
+    return editing(inverter, "smile", setting)
 
 
-def stylizing(make: Callable[[], SaMam | MambaST], size: int, precision: Precision) -> Run:
+def stylizing(make: Callable[[], SaMam | MambaST], size: int, setting: Setting) -> Run:
     """One content in a style that is known already."""
     torch.manual_seed(0)
-    stylizer = Stylizer(make(), device="cpu", precision=precision)
+    stylizer = Stylizer(make(), device="cpu", precision=setting.precision)
+    stylizer.network.to(memory_format=setting.layout)  # type: ignore[call-overload]
     content, style = random_picture(size), random_picture(size, seed=1)
 
     def run() -> Tensor:
@@ -87,10 +99,10 @@ def stylizing(make: Callable[[], SaMam | MambaST], size: int, precision: Precisi
     return run
 
 
-CASES: dict[str, tuple[str, Callable[[Precision], Run]]] = {
+CASES: dict[str, tuple[str, Callable[[Setting], Run]]] = {
     "kaokore64": ("invert and edit, 64 px", kaokore64),
-    "samam": ("512 px, patch 8", lambda precision: stylizing(lambda: SaMam(SaMamConfig()), 512, precision)),
-    "mamba-st": ("256 px", lambda precision: stylizing(lambda: MambaST(MambaSTConfig()), 256, precision)),
+    "samam": ("512 px, patch 8", lambda setting: stylizing(lambda: SaMam(SaMamConfig()), 512, setting)),
+    "mamba-st": ("256 px", lambda setting: stylizing(lambda: MambaST(MambaSTConfig()), 256, setting)),
     "faces1024": ("invert and edit, 1024 px", faces1024),
 }
 TRAININGS = {
@@ -191,8 +203,9 @@ def main() -> None:
             others = {"plain": with_scan(functools.partial(ss2d_scan, backend="reference"), run)}
         else:
             (what, make), batch = CASES[name], 1
-            run = make("fp32")
-            contestants = {"ours": run, "bf16": make("bf16")}
+            run = make(Setting())
+            contestants = {"ours": run, "bf16": make(Setting(precision="bf16"))}
+            contestants["contiguous"] = make(Setting(layout=torch.contiguous_format))
             others = {"published": with_scan(published_ss2d, run)}
             apart = (run() - contestants["bf16"]()).abs().mean().item()
             figures["levels"] = apart * 255 / 2  # pictures are in [-1, 1]
