@@ -21,11 +21,12 @@ from PIL import Image
 from torch import Tensor
 
 from mambastyle import checkpoints, hub, images
-from mambastyle.api.inputs import Recent, as_list, find_device, names_of
+from mambastyle.api.inputs import Recent, as_list, as_picture, find_device, names_of
 from mambastyle.api.methods import MethodName, Search, find_judge
-from mambastyle.api.photos import edit_photo
+from mambastyle.api.photos import crop, find_squares
 from mambastyle.checkpoints import Checkpoint, CheckpointError
 from mambastyle.compute import Precision, check_precision, computing_in, freeze
+from mambastyle.data import faces
 from mambastyle.files import write_whole
 from mambastyle.latents.directions import Directions, Edits
 from mambastyle.latents.optimise import Judge, Tuned, TunedSynthesis
@@ -346,7 +347,14 @@ class Inverter:
         of the mouth, each from left to right as seen) or the 68 of iBUG 300-W.
         Raises data.faces.FaceError when there is no face, or none that shows both eyes.
         """
-        return edit_photo(self, photo, edits, find_faces=find_faces, landmarks=landmarks)
+        # Before the encoder runs: a mistyped name should not cost a minute.
+        resolved = self.directions.resolve(edits)
+        picture = as_picture(photo)
+        squares = find_squares(picture, find_faces=find_faces, landmarks=landmarks)
+        crops = [crop(picture, square, self.model.config.image_size) for square in squares]
+        for face, square in zip(self.render(self.edit(crops, resolved)), squares, strict=True):
+            picture = faces.paste_back(picture, face, square)
+        return picture
 
     @overload
     def render(self, inverted: Any, *, output: Literal["pil"] = "pil") -> Any: ...

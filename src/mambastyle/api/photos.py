@@ -1,31 +1,12 @@
-"""Whole photographs: the faces or the middle square edited, and pasted back where they were."""
+"""Whole photographs: which squares of one a model takes."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from mambastyle.api.inputs import as_picture
 from mambastyle.data import faces
-from mambastyle.latents.directions import Edits
-
-if TYPE_CHECKING:
-    from mambastyle.api.inverter import Inverter
-
-
-def edit_photo(
-    inverter: "Inverter", photo: Any, edits: Edits, *, find_faces: bool = False, landmarks: Any = None
-) -> Image.Image:
-    """See `Inverter.edit_photo`."""
-    # Before the encoder runs: a mistyped name should not cost a minute.
-    resolved = inverter.directions.resolve(edits)
-    picture = as_picture(photo)
-    squares = find_squares(picture, find_faces=find_faces, landmarks=landmarks)
-    crops = [crop(inverter, picture, square) for square in squares]
-    for face, square in zip(inverter.render(inverter.edit(crops, resolved)), squares, strict=True):
-        picture = faces.paste_back(picture, face, square)
-    return picture
 
 
 def find_squares(
@@ -41,6 +22,6 @@ def find_squares(
     return [faces.ffhq_square(face.landmarks) for face in found]
 
 
-def crop(inverter: "Inverter", picture: Image.Image, square: Float[np.ndarray, "4 2"]) -> Image.Image:
-    """A square of the photograph, upright, twice as wide as the encoder takes it: it reduces by itself."""
-    return faces.align(picture, square, 2 * inverter.model.config.image_size)
+def crop(picture: Image.Image, square: Float[np.ndarray, "4 2"], side: int) -> Image.Image:
+    """A square of the photograph, upright, at twice the `side` that an encoder takes: it reduces itself."""
+    return faces.align(picture, square, 2 * side)

@@ -40,7 +40,7 @@ def open_picture(inverter: Inverter, path: str | None, find_face: bool) -> Opene
         seen: Any = path
         if find_face:
             picture = as_picture(path)
-            seen = crop(inverter, picture, find_squares(picture, find_faces=True)[0])
+            seen = crop(picture, find_squares(picture, find_faces=True)[0], inverter.model.config.image_size)
         prepared = inverter.prepare(seen)
         return Opened(path, find_face, inverter.preview(prepared), inverter.invert(prepared))
 
