@@ -19,6 +19,7 @@
   async function* relayed(request, body) {
     while (body) {
       let rest = "";
+      let closing = null;
       for await (const text of body.pipeThrough(new TextDecoderStream())) {
         const records = (rest + text).split("\n\n");
         rest = records.pop();
@@ -29,12 +30,15 @@
           }
           if (message.msg === "close_stream") {
             await Promise.all(joining);
-            if (owed.size) continue;
+            closing = owed.size ? record + "\n\n" : null;
           }
-          yield record + "\n\n";
+          if (!closing) yield record + "\n\n";
         }
       }
-      body = owed.size ? (await original(request.clone())).body : null;
+      // A stream that ended otherwise, or cannot be had again, is the client's to report.
+      const next = closing && (await original(request.clone()));
+      body = next?.ok ? next.body : null;
+      if (closing && !body) yield closing;
     }
   }
 
