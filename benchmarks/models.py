@@ -2,6 +2,7 @@
 
     python benchmarks/models.py                       # the four cases, one picture each
     python benchmarks/models.py --cases kaokore64 --no-published
+    python benchmarks/models.py --compile             # torch.compile beside it: a minute to compile, and g++
     python benchmarks/models.py --train               # training steps, pictures per second
 
 "contiguous" is ours with weights laid out channel by channel, as PyTorch makes them; "bf16" ours with
@@ -52,6 +53,7 @@ class Setting(NamedTuple):
 
     precision: Precision = "fp32"
     layout: torch.memory_format = torch.channels_last
+    compiled: bool = False
 
 
 def random_picture(size: int, seed: int = 0) -> Tensor:
@@ -63,6 +65,10 @@ def editing(inverter: Inverter, direction: str, setting: Setting) -> Run:
     picture = random_picture(inverter.resolution)
     inverter.model.to(memory_format=setting.layout)  # type: ignore[call-overload]
     inverter.generator.to(memory_format=setting.layout)  # type: ignore[call-overload]
+    if setting.compiled:
+        for network in (inverter.model.encoder, inverter.model.fuser, inverter.generator.synthesis):
+            if network is not None:
+                network.compile()
 
     def run() -> Tensor:
         edited = inverter.edit(inverter.invert(picture), {direction: 1.0})
@@ -90,7 +96,9 @@ def stylizing(make: Callable[[], SaMam | MambaST], size: int, setting: Setting) 
     """One content in a style that is known already."""
     torch.manual_seed(0)
     stylizer = Stylizer(make(), device="cpu", precision=setting.precision)
-    stylizer.network.to(memory_format=setting.layout)  # type: ignore[call-overload]
+    network: Any = stylizer.network.to(memory_format=setting.layout)  # type: ignore[call-overload]
+    if setting.compiled:
+        network.transfer, network.paint = torch.compile(network.transfer), torch.compile(network.paint)
     content, style = random_picture(size), random_picture(size, seed=1)
 
     def run() -> Tensor:
@@ -187,12 +195,15 @@ def main() -> None:
     parser.add_argument("--train", action="store_true", help="training steps instead")
     parser.add_argument("--cases", nargs="+", choices=[*CASES, *TRAININGS], help="default: all of the kind")
     parser.add_argument("--no-published", action="store_true", help="time and shares of ours alone")
+    parser.add_argument("--compile", action="store_true", help="torch.compile with frozen weights as well")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the figures there")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
+    if arguments.compile:
+        torch._inductor.config.freezing = True
     report: dict[str, Any] = {"threads": arguments.threads, "load_average": os.getloadavg()[0]}
     for name in arguments.cases or (TRAININGS if arguments.train else CASES):
         figures: dict[str, Any] = {}
@@ -205,6 +216,9 @@ def main() -> None:
             (what, make), batch = CASES[name], 1
             run = make(Setting())
             contestants = {"ours": run, "bf16": make(Setting(precision="bf16"))}
+            if arguments.compile:
+                contestants["compiled"] = make(Setting(compiled=True))
+                contestants["compiled"]()  # compiles, which is no part of a run
             contestants["contiguous"] = make(Setting(layout=torch.contiguous_format))
             others = {"published": with_scan(published_ss2d, run)}
             apart = (run() - contestants["bf16"]()).abs().mean().item()

@@ -252,3 +252,14 @@ def test_bfloat16_comes_near_and_gives_float32(inverter, tiny_model_folder, face
     # A batch in bfloat16 may round otherwise than its pictures alone, but an optimisation never runs in it.
     found = [each.invert(faces[0], method="optimise", steps=2).ws for each in (inverter, fast)]
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+@pytest.mark.no_shape_checks
+def test_its_networks_may_be_compiled(inverter, tiny_model_folder, faces):
+    compiled = ms.load(tiny_model_folder, device="cpu", batch_size=2)
+    for network in (compiled.model.encoder, compiled.model.fuser, compiled.generator.synthesis):
+        network.compile(backend="aot_eager")
+    pictures = [
+        each.render(each.edit(faces[:2], {"gender": 1.0}), output="tensor") for each in (inverter, compiled)
+    ]
+    close(pictures[0], pictures[1])
