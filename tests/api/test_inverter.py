@@ -254,6 +254,7 @@ def test_bfloat16_comes_near_and_gives_float32(inverter, tiny_model_folder, face
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
 
 
+@pytest.mark.thorough
 @pytest.mark.no_shape_checks
 def test_its_networks_may_be_compiled(inverter, tiny_model_folder, faces):
     compiled = ms.load(tiny_model_folder, device="cpu", batch_size=2)

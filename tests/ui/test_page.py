@@ -334,7 +334,7 @@ window.fetch = async (resource, options) => {
         async transform(chunk, controller) {
             if (new TextDecoder().decode(chunk).includes("close_stream")) {
                 window.closings = (window.closings ?? 0) + 1;
-                await new Promise((resolve) => setTimeout(resolve, 3000));
+                await new Promise((resolve) => setTimeout(resolve, 1000));
             }
             controller.enqueue(chunk);
         },
@@ -348,7 +348,7 @@ def test_what_is_asked_while_the_stream_of_results_closes_is_answered(visit):
     page = visit(before=LATE_CLOSING)
     upload(page, PICTURE)
     expect(page.locator("#edit-strip img")).to_have_count(7)
-    for number in range(1, 4):
+    for number in (1, 2):
         page.wait_for_function(f"window.closings >= {number}")
         move(page, "noble", 1)
 
