@@ -62,7 +62,7 @@ def _precision() -> str:
     if torch.cuda.is_available():
         capable, where = torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
     else:
-        # torch knows its processor since 2.11.
+        # Older versions of torch cannot tell.
         found = getattr(torch.cpu, "get_capabilities", dict)()
         capable, where = any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")), "this CPU"
     if capable:
