@@ -1,3 +1,5 @@
+"""Layout and precision: what convolutions give, what products run in, and what is refused."""
+
 import pytest
 import torch
 from torch import nn

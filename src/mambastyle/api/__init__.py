@@ -36,9 +36,10 @@ def load(
 
     A model on disk is a folder with generator.safetensors and inversion.safetensors, or samam.safetensors or
     mamba-st.safetensors, or a folder with one of these. `device` is by default the accelerator where there is
-    one, else the CPU. `precision` "bf16" runs products and convolutions in bfloat16: large models take about
-    half the time on GPUs and CPUs that have it in hardware (`mambastyle doctor` says so), and pictures change
-    by about one level in 255. An Inverter runs `batch_size` pictures at once, a Stylizer one after the other.
+    one, else the CPU. `precision` "bf16" runs products and convolutions in bfloat16: models of the published
+    size take 0.58 to 0.74 of the time on a CPU that has it in hardware (`mambastyle doctor` says so; on GPUs
+    it is not measured), and pictures change by half a level to one of 255 in the mean (docs/kernels.md). An
+    Inverter runs `batch_size` pictures at once, a Stylizer one after the other.
     Raises checkpoints.CheckpointError when something is missing, damaged, or does not belong together, and
     ValueError for a device or precision that cannot be had.
     """

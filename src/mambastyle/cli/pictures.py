@@ -42,7 +42,7 @@ Precise = Annotated[
     Precision,
     typer.Option(
         "--precision",
-        help="bf16: about half the time for large models where the hardware has it; colours change a little.",
+        help="bf16: faster for large models where the hardware has it; pictures change a little.",
     ),
 ]
 BatchSize = Annotated[int, typer.Option("--batch", min=1, help="How many pictures run at once.")]
