@@ -14,7 +14,7 @@ from mambastyle.ops.selective_scan import reference
 
 BACKENDS = ["reference", "numba"]
 # batch, groups, channels per group, state, length, A per image, D per image: every state count that has its
-# own loop, lengths around the tile of 64, and runs of channels that do not fill 16 lanes.
+# own loop, lengths around the tile of 128, runs of channels that do not fill 16 lanes, and tasks of several.
 SHAPES = [
     (2, 2, 32, 16, 130, False, False),
     (1, 1, 16, 1, 1, False, False),
@@ -24,6 +24,7 @@ SHAPES = [
     (1, 2, 32, 1, 333, True, True),
     (2, 4, 3, 5, 17, False, False),
     (3, 1, 1, 4, 65, True, True),
+    (9, 2, 40, 6, 130, False, True),
 ]
 
 

@@ -15,7 +15,7 @@ from mambastyle.ops import ss2d_scan as scan_function
 ss2d_scan: Any = scan_function
 NAMES = ("u", "dt_low", "dt_weight", "A", "B", "C", "D", "dt_bias")
 # batch, height, width, channels, rank, state, A and D per image: every count that has its own loop, grids
-# around the tile of 64 steps, and channels that do not fill 16 lanes.
+# around the tile of 32 steps, channels that do not fill 16 lanes, and tasks of several blocks.
 SHAPES = [
     (2, 3, 5, 16, 1, 1, False),
     (2, 13, 7, 37, 3, 5, True),
@@ -23,6 +23,7 @@ SHAPES = [
     (2, 17, 9, 20, 9, 16, True),
     (3, 1, 2, 3, 2, 4, False),
     (17, 2, 3, 33, 1, 2, False),
+    (1, 5, 13, 140, 6, 7, False),
 ]
 
 

@@ -17,15 +17,102 @@ from mambastyle.ops.cpu_vectors import (
     dot_states,
     exp2,
     fma,
+    fold_states,
     inlined,
     load,
     load_states,
     logistic,
+    prefetch,
     softplus,
     splat,
     store,
+    sum_folded,
     sum_rows,
 )
+
+LINE_BYTES = 64  # what memory brings at once: sixteen floats
+
+# ------------------------------------------------------------------------------------------------------------
+# Memory. Tiles come in bursts with much computing between them, and the processor does not see the next one
+# coming: while a tile is computed, its loops ask for the lines of the next, one a step.
+
+
+@inlined
+def plan(ahead, number, address, pitch):  # type: ignore
+    """Says where tensor `number` has its next tile: sixteen rows, `pitch` bytes apart. The last number is for
+    what needs no fetching: any address of the program's, pitch 0.
+    """
+    ahead[2 * number] = address
+    ahead[2 * number + 1] = pitch
+
+
+@inlined
+def fetch(ahead, number, step):  # type: ignore
+    """Asks for one line of a tensor's next tile: of all rows, then of all rows sixteen columns on."""
+    prefetch(ahead[2 * number] + step % LANES * ahead[2 * number + 1] + step // LANES * LINE_BYTES)
+
+
+@inlined
+def left_over(number, loops, nothing):  # type: ignore
+    """The tensor, or `nothing` if a loop over states fetches it: to ask again costs less than a branch."""
+    return nothing if number < loops else number
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The gradients of B, C and dt are sums over channels. A tile of them holds, for every step, the states in
+# fours as `fold_states` leaves them, and behind all steps' the states that make no four, a vector each.
+
+
+@inlined
+def slots(entries):  # type: ignore
+    """The vectors that such a tile needs for a step."""
+    return entries // STATES + entries % STATES
+
+
+@inlined
+def put(tile, at, value, accumulate):  # type: ignore
+    """tile[at : at + 16] becomes the vector, or more by it."""
+    if accumulate:
+        value = load(tile, at) + value
+    store(tile, at, value)
+
+
+@inlined
+def sum_lanes(tile, sums, steps, entries):  # type: ignore
+    """sums[step, entry] = the sum over the lanes. Both arrays have room for whole vectors."""
+    quads = entries // STATES
+    singles = entries % STATES
+    if singles == 0:
+        for index in range(0, steps * quads, STATES):
+            store(sums, index * STATES, sum_folded(tile, index * LANES))
+    elif quads == 0:
+        for index in range(0, steps * singles, LANES):
+            store(sums, index, sum_rows(tile, index * LANES))
+    else:
+        for step in range(steps):
+            for entry in range(entries):
+                first, lanes = (step * quads * STATES + entry) * STATES, STATES
+                if entry >= quads * STATES:
+                    single = step * singles + entry - quads * STATES
+                    first, lanes = (steps * quads + single) * LANES, LANES
+                total = np.float32(0)
+                for lane in range(lanes):
+                    total += tile[first + lane]
+                sums[step * entries + entry] = total
+
+
+@inlined
+def add(source, target, start, size):  # type: ignore
+    """target[start + i] += source[i]."""
+    whole = size // LANES * LANES
+    for index in range(0, whole, LANES):
+        store(target, start + index, load(target, start + index) + load(source, index))
+    for index in range(whole, size):
+        target[start + index] += source[index]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tiles.
 
 
 @inlined
@@ -37,15 +124,22 @@ def clear(array, size):  # type: ignore
 
 @inlined
 def scan_tile(  # type: ignore
-    A, A_at, bias, bias_at, D, D_at, h, h_at, B, C, entry, u_tile, d_tile, du_tile, use_softplus, state, steps
-):
+    A, A_at, bias, bias_at, D, D_at, h, h_at, B, C, entry, u_tile, d_tile, du_tile,
+    ahead, use_softplus, state, steps,
+):  # fmt: skip
     """Runs all states from h, which becomes the state behind the tile; u_tile becomes y.
 
-    d_tile comes in without its bias and softplus.
+    d_tile comes in without its bias and softplus. `ahead` has the plan of three tensors and of nothing, or is
+    None.
     """
     bias_lanes = load(bias, bias_at)
     D_lanes = load(D, D_at)
+    quads = state // STATES
     for step in range(steps):
+        if ahead is not None:
+            fetch(ahead, left_over(0, quads, 3), step)
+            fetch(ahead, left_over(1, quads, 3), step)
+            fetch(ahead, left_over(2, quads, 3), step)
         at = step * LANES
         d = load(d_tile, at) + bias_lanes
         if use_softplus:
@@ -55,18 +149,21 @@ def scan_tile(  # type: ignore
         store(du_tile, at, d * u_t)
         store(u_tile, at, D_lanes * u_t)
     # States outside, steps inside: A and h stay in registers, and exp2 of many steps overlap.
-    quads_end = state // STATES * STATES
-    for n in range(0, quads_end, STATES):
+    for quad in range(quads):
+        n = quad * STATES
         A_n = load_states(A, A_at + n * LANES)
         h_n = load_states(h, h_at + n * LANES)
+        tensor = min(quad, 3)
         for step in range(steps):
+            if ahead is not None:
+                fetch(ahead, tensor, step)
             at = step * LANES
             here = entry + step * state + n
             drive = load(du_tile, at) * broadcast_states(B, here)
             h_n = fma(exp2(load(d_tile, at) * A_n), h_n, drive)
             store(u_tile, at, dot_states(h_n, broadcast_states(C, here), load(u_tile, at)))
         store(h, h_at + n * LANES, h_n)
-    for n in range(quads_end, state):
+    for n in range(quads * STATES, state):
         A_1 = load(A, A_at + n * LANES)
         h_1 = load(h, h_at + n * LANES)
         for step in range(steps):
@@ -82,18 +179,27 @@ def scan_tile_back(  # type: ignore
     A, A_at, bias, bias_at, D, D_at, starts, h_at, B, C, entry,
     gh, gh_at, gA, gA_at, sums, sums_at, gB_tile, gC_tile,
     u_tile, d_tile, du_tile, slope_tile, gy_tile, drive_tile, exponent_tile, decay_tile, kept_tile,
-    use_softplus, state, steps,
+    ahead, use_softplus, state, steps, accumulate,
 ):  # fmt: skip
     """The gradients of a tile, from the state before it (starts) and the gradient of the one behind it (gh).
 
     gh becomes the gradient of the state before the tile, slope_tile that of delta, and gy_tile that of u.
-    Added to are gA, without ln(2); sums, with the gradients of the bias and, a vector on, of D; and gB_tile
-    and gC_tile [step, state, lane].
+    Added to are gA, without ln(2), and sums, with the gradients of the bias and, a vector on, of D; gB_tile
+    and gC_tile are written, or added to with `accumulate`. `ahead` has the plan of five tensors and of
+    nothing, or is None.
     """
     zero = splat(np.float32(0))
     one = splat(np.float32(1))
     bias_lanes = load(bias, bias_at)
+    quads = state // STATES
+    singles = state % STATES
     for step in range(steps):
+        if ahead is not None:
+            fetch(ahead, left_over(0, 2 * quads, 5), step)
+            fetch(ahead, left_over(1, 2 * quads, 5), step)
+            fetch(ahead, left_over(2, 2 * quads, 5), step)
+            fetch(ahead, left_over(3, 2 * quads, 5), step)
+            fetch(ahead, left_over(4, 2 * quads, 5), step)
         at = step * LANES
         d = load(d_tile, at) + bias_lanes
         slope = one
@@ -106,11 +212,14 @@ def scan_tile_back(  # type: ignore
         store(drive_tile, at, zero)
         store(exponent_tile, at, zero)
 
-    quads_end = state // STATES * STATES
-    for n in range(0, quads_end, STATES):
+    for quad in range(quads):
+        n = quad * STATES
         A_n = load_states(A, A_at + n * LANES)
         h = load_states(starts, h_at + n * LANES)
+        tensor = min(2 * quad, 5)
         for step in range(steps):
+            if ahead is not None:
+                fetch(ahead, tensor, step)
             at = step * LANES
             here = step * state + n
             decay = exp2(load(d_tile, at) * A_n)
@@ -118,10 +227,13 @@ def scan_tile_back(  # type: ignore
             h = fma(load(du_tile, at), broadcast_states(B, entry + here), kept)
             store(decay_tile, at * STATES, decay)
             store(kept_tile, at * STATES, kept)
-            store(gC_tile, here * LANES, fma(load(gy_tile, at), h, load_states(gC_tile, here * LANES)))
+            put(gC_tile, (step * quads + quad) * LANES, fold_states(load(gy_tile, at) * h), accumulate)
         gh_n = load_states(gh, gh_at + n * LANES)
         gA_n = load_states(gA, gA_at + n * LANES)
+        tensor = min(2 * quad + 1, 5)
         for step in range(steps - 1, -1, -1):
+            if ahead is not None:
+                fetch(ahead, tensor, step)
             at = step * LANES
             here = step * state + n
             gh_n = fma(load(gy_tile, at), broadcast_states(C, entry + here), gh_n)
@@ -130,12 +242,13 @@ def scan_tile_back(  # type: ignore
             store(exponent_tile, at, dot_states(gexponent, A_n, load(exponent_tile, at)))
             drive = dot_states(gh_n, broadcast_states(B, entry + here), load(drive_tile, at))
             store(drive_tile, at, drive)
-            store(gB_tile, here * LANES, fma(gh_n, load(du_tile, at), load_states(gB_tile, here * LANES)))
+            put(gB_tile, (step * quads + quad) * LANES, fold_states(gh_n * load(du_tile, at)), accumulate)
             gh_n = gh_n * load_states(decay_tile, at * STATES)
         store(gh, gh_at + n * LANES, gh_n)
         store(gA, gA_at + n * LANES, gA_n)
 
-    for n in range(quads_end, state):
+    for n in range(quads * STATES, state):
+        single = steps * quads + n - quads * STATES
         A_1 = load(A, A_at + n * LANES)
         h_1 = load(starts, h_at + n * LANES)
         for step in range(steps):
@@ -146,7 +259,7 @@ def scan_tile_back(  # type: ignore
             h_1 = fma(load(du_tile, at), broadcast(B, entry + here), kept_1)
             store(decay_tile, at, decay_1)
             store(kept_tile, at, kept_1)
-            store(gC_tile, here * LANES, fma(load(gy_tile, at), h_1, load(gC_tile, here * LANES)))
+            put(gC_tile, (single + step * singles) * LANES, load(gy_tile, at) * h_1, accumulate)
         gh_1 = load(gh, gh_at + n * LANES)
         gA_1 = load(gA, gA_at + n * LANES)
         for step in range(steps - 1, -1, -1):
@@ -157,7 +270,7 @@ def scan_tile_back(  # type: ignore
             gA_1 = fma(gexponent_1, load(d_tile, at), gA_1)
             store(exponent_tile, at, fma(gexponent_1, A_1, load(exponent_tile, at)))
             store(drive_tile, at, fma(gh_1, broadcast(B, entry + here), load(drive_tile, at)))
-            store(gB_tile, here * LANES, fma(gh_1, load(du_tile, at), load(gB_tile, here * LANES)))
+            put(gB_tile, (single + step * singles) * LANES, gh_1 * load(du_tile, at), accumulate)
             gh_1 = gh_1 * load(decay_tile, at)
         store(gh, gh_at + n * LANES, gh_1)
         store(gA, gA_at + n * LANES, gA_1)
@@ -179,10 +292,3 @@ def scan_tile_back(  # type: ignore
         gD = fma(gy, u_t, gD)
     store(sums, sums_at, gbias)
     store(sums, sums_at + LANES, gD)
-
-
-@inlined
-def sum_lanes_of_entries(tile, sums, entries):  # type: ignore
-    """sums[entry] = the sum of the lanes of tile[entry]; both have room for whole vectors."""
-    for index in range(0, entries, LANES):
-        store(sums, index, sum_rows(tile, index * LANES))

@@ -341,6 +341,33 @@ def broadcast_states(typing_context, array, index):  # type: ignore
 
 
 @intrinsic
+def address(typing_context, array):  # type: ignore
+    """Where the array begins in memory, in bytes."""
+
+    def generate(context, builder, signature, arguments):
+        data = context.make_array(signature.args[0])(context, builder, *arguments).data
+        return builder.ptrtoint(data, context.get_value_type(types.intp))
+
+    return types.intp(array), generate
+
+
+@intrinsic
+def prefetch(typing_context, address):  # type: ignore
+    """Asks for the line of memory at an address, even one that is not the program's, and does not wait."""
+
+    def generate(context, builder, signature, arguments):
+        byte = ir.IntType(8).as_pointer()
+        function_type = ir.FunctionType(ir.VoidType(), [byte, _INT, _INT, _INT])
+        function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0i8")
+        # To be read (0), kept as near as can be (3), data (1).
+        how = [ir.Constant(_INT, value) for value in (0, 3, 1)]
+        builder.call(function, [builder.inttoptr(arguments[0], byte), *how])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), generate
+
+
+@intrinsic
 def scalar(typing_context, array, index):  # type: ignore
     """array[index] as float32, from float32 or from bfloat16 seen as uint16."""
 
@@ -418,32 +445,70 @@ def logistic(typing_context, x):  # type: ignore
     return _vector(_vector), generate
 
 
+def _fold(builder: Any, rows: list[Any], distance: int, until: int) -> list[Any]:
+    """Rounds that halve the number of rows. Each adds what two rows have `distance` apart, puts the sums side
+    by side and goes on with half the distance; the last one's is `until`.
+    """
+    lanes = range(LANES)
+    while distance >= until:
+        # Lanes without the bit come from the row without it.
+        own = _lane_order([c if not c & distance else LANES + c for c in lanes])
+        other = _lane_order([c | distance if not c & distance else LANES + (c ^ distance) for c in lanes])
+        half = len(rows) // 2
+        rows = [
+            builder.fadd(builder.shuffle_vector(x, y, own), builder.shuffle_vector(x, y, other))
+            for x, y in zip(rows[:half], rows[half:], strict=True)
+        ]
+        distance //= 2
+    return rows
+
+
+def _load_rows(context: Any, builder: Any, array_type: Any, array: Any, index: Any, count: int) -> list[Any]:
+    starts = [builder.add(index, ir.Constant(index.type, row * LANES)) for row in range(count)]
+    return [_load(builder, _address(context, builder, array_type, array, start)) for start in starts]
+
+
+@intrinsic
+def fold_states(typing_context, quad):  # type: ignore
+    """One vector of four: its lanes 4 n to 4 n + 3 add up to what the 16 lanes of state n do.
+
+    Less work than to sum each, and a quarter of the memory of keeping all.
+    """
+
+    def generate(context, builder, signature, arguments):
+        (folded,) = _fold(builder, _split(builder, arguments[0]), LANES // 2, STATES)
+        return folded
+
+    return _vector(_quad), generate
+
+
+@intrinsic
+def sum_folded(typing_context, array, index):  # type: ignore
+    """The sums of array[index + 4 r : index + 4 r + 4] for r in 0..15, a vector: what `fold_states` began."""
+
+    def generate(context, builder, signature, arguments):
+        array, index = arguments
+        rows = _load_rows(context, builder, signature.args[0], array, index, STATES)
+        (sums,) = _fold(builder, rows, STATES // 2, 1)
+        # Lane 4 n + k holds state n of row k.
+        order = _lane_order([STATES * (c % STATES) + c // STATES for c in range(LANES)])
+        return builder.shuffle_vector(sums, _UNDEFINED, order)
+
+    return _vector(array, types.intp), generate
+
+
 @intrinsic
 def sum_rows(typing_context, array, index):  # type: ignore
     """The sums of array[index + 16 r : index + 16 r + 16] for r in 0..15, a vector.
 
-    Four rounds halve the number of vectors: each adds the lanes that two rows have to add up and puts the
-    results side by side, a third of the work of sixteen separate sums.
+    Four rounds halve the number of vectors, a third of the work of sixteen separate sums.
     """
 
     def generate(context, builder, signature, arguments):
         array, index = arguments
-        starts = [builder.add(index, ir.Constant(index.type, row * LANES)) for row in range(LANES)]
-        rows = [_load(builder, _address(context, builder, signature.args[0], array, i)) for i in starts]
-        distance = LANES // 2
-        while distance:
-            # Lanes without the bit come from the row without it.
-            lanes = range(LANES)
-            own = _lane_order([c if not c & distance else LANES + c for c in lanes])
-            other = _lane_order([c | distance if not c & distance else LANES + (c ^ distance) for c in lanes])
-            half = len(rows) // 2
-            pairs = zip(rows[:half], rows[half:], strict=True)
-            rows = [
-                builder.fadd(builder.shuffle_vector(x, y, own), builder.shuffle_vector(x, y, other))
-                for x, y in pairs
-            ]
-            distance //= 2
-        return rows[0]
+        rows = _load_rows(context, builder, signature.args[0], array, index, LANES)
+        (sums,) = _fold(builder, rows, LANES // 2, 1)
+        return sums
 
     return _vector(array, types.intp), generate
 

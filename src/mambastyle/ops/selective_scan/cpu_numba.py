@@ -13,8 +13,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mambastyle.ops.cpu_threads import run_ranges
-from mambastyle.ops.cpu_tiles import clear, scan_tile, scan_tile_back, sum_lanes_of_entries
-from mambastyle.ops.cpu_vectors import LANES, LOG2_E, STATES, kernel, load, splat, store, transpose
+from mambastyle.ops.cpu_tiles import add, clear, plan, scan_tile, scan_tile_back, slots, sum_lanes
+from mambastyle.ops.cpu_vectors import (
+    LANES,
+    LOG2_E,
+    STATES,
+    address,
+    kernel,
+    load,
+    splat,
+    store,
+    transpose,
+)
 from mambastyle.ops.selective_scan import operator
 
 CHUNK = 128  # steps per tile, and between the states that the backward pass starts from
@@ -88,6 +98,8 @@ def _scan_forward(  # type: ignore
     h_lanes = scratch[used : used + state * LANES]
     used += state * LANES
     parameter = scratch[used : used + 2 * LANES]  # bias and D
+    ahead = np.empty(8, np.int64)
+    plan(ahead, 3, address(scratch), 0)
     for block in range(first, end):
         image_group = block // blocks
         image = image_group // groups
@@ -109,9 +121,14 @@ def _scan_forward(  # type: ignore
                     store(starts, ((block * chunks + chunk) * state + n) * LANES, load(h_lanes, n * LANES))
             _load_tile(u, data + start, length, y_tile, steps, rows)
             _load_tile(delta, data + start, length, d_tile, steps, rows)
+            # The next tile of this block, or the first one of the next.
+            following = data + start + CHUNK if chunk + 1 < chunks else data + LANES * length
+            plan(ahead, 0, address(u) + following * 4, length * 4)
+            plan(ahead, 1, address(delta) + following * 4, length * 4)
+            plan(ahead, 2, address(y) + following * 4, length * 4)
             scan_tile(
                 A_lanes, 0, parameter, 0, parameter, LANES, h_lanes, 0, B, C, now,
-                y_tile, d_tile, du_tile, use_softplus, state, steps,
+                y_tile, d_tile, du_tile, ahead, use_softplus, state, steps,
             )  # fmt: skip
             _store_tile(y_tile, y, data + start, length, steps, rows)
         for lane in range(rows):
@@ -125,12 +142,11 @@ def _scan_backward(  # type: ignore
     grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias,
     channels, groups, length, state, splits, A_image, D_image, first, end, scratch,
 ):  # fmt: skip
-    """Tasks first..end-1, each one run of a group's blocks over all steps, last tile first.
+    """Tasks first..end-1, each one run of a group's blocks, each of them over all steps, last tile first.
 
     grad_A, grad_D and grad_bias are per image; grad_B and grad_C are (task, length, state), to be summed over
-    the tasks of a group. For every four states a tile is computed forwards from its stored start, then
-    backwards. grad_B and grad_C keep their 16 lanes apart until all blocks of the task are through with the
-    tile.
+    the tasks of a group; they come as zeros, everything else is written. For every four states a tile is
+    computed forwards from its stored start, then backwards.
     """
     group = channels // groups
     blocks = (group + LANES - 1) // LANES
@@ -149,10 +165,10 @@ def _scan_backward(  # type: ignore
     used += size * STATES
     kept_tile = scratch[used : used + size * STATES]  # exp2(d_t A) h_{t-1}
     used += size * STATES
-    gB_tile = scratch[used : used + size * state]
-    used += size * state
-    gC_tile = scratch[used : used + size * state]
-    used += size * state
+    gB_tile = scratch[used : used + size * slots(state)]
+    used += size * slots(state)
+    gC_tile = scratch[used : used + size * slots(state)]
+    used += size * slots(state)
     A_lanes = scratch[used : used + block_size]
     used += block_size
     gA_lanes = scratch[used : used + block_size]
@@ -163,66 +179,59 @@ def _scan_backward(  # type: ignore
     used += 2 * LANES
     entry_sums = scratch[used : used + CHUNK * state]
     used += CHUNK * state
-    gh_lanes = scratch[
-        used : used + blocks * block_size
-    ]  # of all blocks: what later tiles say about the state
+    gh_lanes = scratch[used : used + block_size]  # what later tiles say about the state
+    ahead = np.empty(12, np.int64)
+    plan(ahead, 5, address(scratch), 0)
     for task in range(first, end):
         image_group = task // splits
         image = image_group // groups
         first_block = blocks * (task % splits) // splits
         end_block = blocks * (task % splits + 1) // splits
         for block in range(first_block, end_block):
-            row = image * channels + image_group % groups * group + block * LANES
+            channel = image_group % groups * group + block * LANES
             rows = min(LANES, group - block * LANES)
+            row = image * channels + channel
             for n in range(state):
-                at = block * block_size + n * LANES
-                _load_lanes(grad_last, row * state + n, state, gh_lanes, at, np.float32(1), rows)
-            for lane in range(rows):
-                for n in range(state):
-                    grad_A[(row + lane) * state + n] = np.float32(0)
-                grad_D[row + lane] = np.float32(0)
-                grad_bias[row + lane] = np.float32(0)
-        for chunk in range(chunks - 1, -1, -1):
-            start = chunk * CHUNK
-            steps = min(CHUNK, length - start)
-            now = (image_group * length + start) * state
-            clear(gB_tile, size * state)
-            clear(gC_tile, size * state)
-            for block in range(first_block, end_block):
-                channel = image_group % groups * group + block * LANES
-                rows = min(LANES, group - block * LANES)
-                row = image * channels + channel
+                A_start = (image * A_image + channel) * state + n
+                _load_lanes(A, A_start, state, A_lanes, n * LANES, LOG2_E, rows)
+                _load_lanes(grad_last, row * state + n, state, gh_lanes, n * LANES, np.float32(1), rows)
+            _load_lanes(bias, channel, 1, parameter, 0, np.float32(1), rows)
+            _load_lanes(D, image * D_image + channel, 1, parameter, LANES, np.float32(1), rows)
+            clear(gA_lanes, block_size)
+            clear(sums, 2 * LANES)
+            for chunk in range(chunks - 1, -1, -1):
+                start = chunk * CHUNK
+                steps = min(CHUNK, length - start)
                 data = row * length + start
-                h_start = ((image_group * blocks + block) * chunks + chunk) * block_size
-                for n in range(state):
-                    _load_lanes(
-                        A, (image * A_image + channel) * state + n, state, A_lanes, n * LANES, LOG2_E, rows
-                    )
-                _load_lanes(bias, channel, 1, parameter, 0, np.float32(1), rows)
-                _load_lanes(D, image * D_image + channel, 1, parameter, LANES, np.float32(1), rows)
                 _load_tile(u, data, length, u_tile, steps, rows)
                 _load_tile(delta, data, length, d_tile, steps, rows)
                 _load_tile(grad_y, data, length, gy_tile, steps, rows)
-                clear(gA_lanes, block_size)
-                clear(sums, 2 * LANES)
+                # The tile before this one, or the next block's last.
+                following = data - CHUNK if chunk else (row + LANES) * length + (chunks - 1) * CHUNK
+                plan(ahead, 0, address(u) + following * 4, length * 4)
+                plan(ahead, 1, address(delta) + following * 4, length * 4)
+                plan(ahead, 2, address(grad_y) + following * 4, length * 4)
+                plan(ahead, 3, address(grad_u) + following * 4, length * 4)
+                plan(ahead, 4, address(grad_delta) + following * 4, length * 4)
+                h_start = ((image_group * blocks + block) * chunks + chunk) * block_size
+                now = (image_group * length + start) * state
                 scan_tile_back(
                     A_lanes, 0, parameter, 0, parameter, LANES, starts, h_start, B, C, now,
-                    gh_lanes, block * block_size, gA_lanes, 0, sums, 0, gB_tile, gC_tile,
+                    gh_lanes, 0, gA_lanes, 0, sums, 0, gB_tile, gC_tile,
                     u_tile, d_tile, du_tile, slope_tile, gy_tile, drive_tile, exponent_tile,
-                    decay_tile, kept_tile, use_softplus, state, steps,
+                    decay_tile, kept_tile, ahead, use_softplus, state, steps, False,
                 )  # fmt: skip
-                for lane in range(rows):
-                    for n in range(state):
-                        grad_A[(row + lane) * state + n] += gA_lanes[n * LANES + lane]
-                    grad_bias[row + lane] += sums[lane]
-                    grad_D[row + lane] += sums[LANES + lane]
                 _store_tile(gy_tile, grad_u, data, length, steps, rows)
                 _store_tile(slope_tile, grad_delta, data, length, steps, rows)
-            first_entry = (task * length + start) * state
-            for tile, gradient in ((gB_tile, grad_B), (gC_tile, grad_C)):
-                sum_lanes_of_entries(tile, entry_sums, steps * state)
-                for entry in range(steps * state):
-                    gradient[first_entry + entry] = entry_sums[entry]
+                first_entry = (task * length + start) * state
+                for tile, gradient in ((gB_tile, grad_B), (gC_tile, grad_C)):
+                    sum_lanes(tile, entry_sums, steps, state)
+                    add(entry_sums, gradient, first_entry, steps * state)
+            for lane in range(rows):
+                for n in range(state):
+                    grad_A[(row + lane) * state + n] = gA_lanes[n * LANES + lane]
+                grad_bias[row + lane] = sums[lane]
+                grad_D[row + lane] = sums[LANES + lane]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -321,13 +330,13 @@ def scan_backward_op(
     arrays += [_per_channel(D, u), _per_channel(delta_bias, u)]
     grad_u, grad_delta = u.new_empty(u.shape), u.new_empty(u.shape)
     grad_A = u.new_empty(batch, channels, state)
-    grad_B, grad_C = (u.new_empty(batch, groups, splits, length, state) for _ in range(2))
+    grad_B, grad_C = (u.new_zeros(batch, groups, splits, length, state) for _ in range(2))
     grad_D, grad_bias = u.new_empty(batch, channels), u.new_empty(batch, channels)
     outputs = [x.view(-1).numpy() for x in (grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias)]
     sizes = (channels, groups, length, state, splits)
     sizes += (_image_step(A, 3, channels), _image_step(D, 2, channels))
-    scratch = (7 * CHUNK + 2 * CHUNK * STATES + 2 * CHUNK * state + 2 * state + 4 + blocks * state) * LANES
-    scratch += CHUNK * state
+    tiles = 7 + 2 * STATES + 2 * slots.py_func(state)
+    scratch = (tiles * CHUNK + 3 * state + 4) * LANES + CHUNK * state
 
     def work(first: int, end: int) -> None:
         _scan_backward(

@@ -14,18 +14,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mambastyle.ops.cpu_threads import run_ranges
-from mambastyle.ops.cpu_tiles import clear, scan_tile, scan_tile_back, sum_lanes_of_entries
+from mambastyle.ops.cpu_tiles import clear, put, scan_tile, scan_tile_back, slots, sum_lanes
 from mambastyle.ops.cpu_vectors import (
     LANES,
     LN_2,
     STATES,
+    address,
     broadcast,
     broadcast_states,
     dot_states,
     fma,
+    fold_states,
     kernel,
     load,
     load_states,
+    prefetch,
     scalar,
     splat,
     store,
@@ -94,7 +97,7 @@ def _gather_entries(source, table, first, base, row_step, tile, steps, entries):
 @kernel
 def _sum_entries(tile, sums, target, table, first, base, row_step, steps, entries):  # type: ignore
     """target[base + table[first + step] * row_step + entry] += the sum of the lanes of tile[step, entry]."""
-    sum_lanes_of_entries(tile, sums, steps * entries)
+    sum_lanes(tile, sums, steps, entries)
     for step in range(steps):
         at = base + table[first + step] * row_step
         for entry in range(entries):
@@ -102,11 +105,18 @@ def _sum_entries(tile, sums, target, table, first, base, row_step, steps, entrie
 
 
 @kernel
-def _step_sizes(parameters, weight, dt_tile, d_tile, steps, rank):  # type: ignore
-    """d_tile[step, lane] = the weights' product with dt_tile[step]; the bias comes later."""
+def _step_sizes(  # type: ignore
+    parameters, weight, dt_tile, d_tile, steps, rank, u, read, y, write, ahead, base, row_step
+):
+    """d_tile[step, lane] = the weights' product with dt_tile[step]; the bias comes later.
+
+    Meanwhile it asks memory for what the path's next tile reads of u and y, from `ahead` on in the tables.
+    """
     zero = splat(np.float32(0))
     quads_end = rank // STATES * STATES
     for step in range(steps):
+        prefetch(address(u) + (base + read[ahead + step] * row_step) * u.itemsize)
+        prefetch(address(y) + (base + write[ahead + step] * row_step) * y.itemsize)
         d = zero
         for r in range(0, quads_end, STATES):
             weights = load_states(parameters, weight + r * LANES)
@@ -152,6 +162,7 @@ def _ss2d_forward(  # type: ignore
                 start = chunk * CHUNK
                 steps = min(CHUNK, length - start)
                 here = path * length + start
+                ahead = here + CHUNK if start + 2 * CHUNK <= length else here  # whole tiles: as many steps
                 at = image * dt_steps[0] + path * dt_steps[2]
                 _gather_entries(dt, read, here, at, dt_steps[1], dt_tile, steps, rank)
                 at = image * B_steps[0] + path * B_steps[2]
@@ -170,10 +181,13 @@ def _ss2d_forward(  # type: ignore
                         for n in range(state):
                             store(starts, kept + n * LANES, load(h_lanes, h_start + n * LANES))
                     _gather(u, read, here, data, channels, y_tile, steps, rows)
-                    _step_sizes(parameters, weight, dt_tile, d_tile, steps, rank)
+                    _step_sizes(
+                        parameters, weight, dt_tile, d_tile, steps, rank,
+                        u, read, y, write, ahead, data, channels,
+                    )  # fmt: skip
                     scan_tile(
                         parameters, A_start, parameters, bias, parameters, bias + LANES, h_lanes, h_start,
-                        B_tile, C_tile, 0, y_tile, d_tile, du_tile, True, state, steps,
+                        B_tile, C_tile, 0, y_tile, d_tile, du_tile, None, True, state, steps,
                     )  # fmt: skip
                     _scatter_add(y_tile, write, here, y, data, channels, steps, rows)
 
@@ -194,7 +208,7 @@ def _ss2d_backward(  # type: ignore
     """
     blocks = (channels + LANES - 1) // LANES
     chunks = (length + CHUNK - 1) // CHUNK
-    rank_quads_end = rank // STATES * STATES
+    rank_quads = rank // STATES
     size = CHUNK * LANES
     block_size = state * LANES
     entries = (state + rank + 2) * LANES
@@ -210,12 +224,12 @@ def _ss2d_backward(  # type: ignore
     used += size * STATES
     kept_tile = scratch[used : used + size * STATES]  # exp2(d_t A) h_{t-1}
     used += size * STATES
-    gB_tile = scratch[used : used + size * state]
-    used += size * state
-    gC_tile = scratch[used : used + size * state]
-    used += size * state
-    gdt_tile = scratch[used : used + size * rank]
-    used += size * rank
+    gB_tile = scratch[used : used + size * slots(state)]
+    used += size * slots(state)
+    gC_tile = scratch[used : used + size * slots(state)]
+    used += size * slots(state)
+    gdt_tile = scratch[used : used + size * slots(rank)]
+    used += size * slots(rank)
     gh_lanes = scratch[used : used + blocks * block_size]  # what later tiles say about the state
     used += blocks * block_size
     dt_tile = scratch[used : used + CHUNK * rank + LANES]
@@ -235,15 +249,16 @@ def _ss2d_backward(  # type: ignore
                 start = chunk * CHUNK
                 steps = min(CHUNK, length - start)
                 here = path * length + start
+                ahead = max(here - CHUNK, path * length)
                 at = image * dt_steps[0] + path * dt_steps[2]
                 _gather_entries(dt, read, here, at, dt_steps[1], dt_tile, steps, rank)
                 at = image * B_steps[0] + path * B_steps[2]
                 _gather_entries(B, read, here, at, B_steps[1], B_tile, steps, state)
                 at = image * C_steps[0] + path * C_steps[2]
                 _gather_entries(C, read, here, at, C_steps[1], C_tile, steps, state)
-                clear(gB_tile, size * state)
-                clear(gC_tile, size * state)
-                clear(gdt_tile, size * rank)
+                clear(gB_tile, size * slots(state))
+                clear(gC_tile, size * slots(state))
+                clear(gdt_tile, size * slots(rank))
                 for block in range(first_block, end_block):
                     rows = min(LANES, channels - block * LANES)
                     data = image * length * channels + block * LANES
@@ -256,35 +271,43 @@ def _ss2d_backward(  # type: ignore
                     h_start = (((image * blocks + block) * paths + path) * chunks + chunk) * block_size
                     _gather(u, read, here, data, channels, u_tile, steps, rows)
                     _gather(grad_y, write, here, data, channels, gy_tile, steps, rows)
-                    _step_sizes(parameters, weight, dt_tile, d_tile, steps, rank)
+                    _step_sizes(
+                        parameters, weight, dt_tile, d_tile, steps, rank,
+                        u, read, grad_y, write, ahead, data, channels,
+                    )  # fmt: skip
                     scan_tile_back(
                         parameters, A_start, parameters, bias, parameters, bias + LANES, starts, h_start,
                         B_tile, C_tile, 0, gh_lanes, gh_start, grad_parameters, gA_start,
                         grad_parameters, gweight + rank * LANES, gB_tile, gC_tile,
                         u_tile, d_tile, du_tile, slope_tile, gy_tile, drive_tile, exponent_tile,
-                        decay_tile, kept_tile, True, state, steps,
+                        decay_tile, kept_tile, None, True, state, steps, True,
                     )  # fmt: skip
                     _scatter_add(gy_tile, read, here, grad_u, data, channels, steps, rows)
 
-                    for r in range(0, rank_quads_end, STATES):
+                    for quad in range(rank_quads):
+                        r = quad * STATES
                         weights = load_states(parameters, weight + r * LANES)
                         gweights = load_states(grad_parameters, gweight + r * LANES)
                         for step in range(steps):
                             entry = step * rank + r
                             gdelta = load(slope_tile, step * LANES)
                             gweights = fma(gdelta, broadcast_states(dt_tile, entry), gweights)
-                            gdt = fma(gdelta, weights, load_states(gdt_tile, entry * LANES))
-                            store(gdt_tile, entry * LANES, gdt)
+                            put(
+                                gdt_tile,
+                                (step * rank_quads + quad) * LANES,
+                                fold_states(gdelta * weights),
+                                True,
+                            )
                         store(grad_parameters, gweight + r * LANES, gweights)
-                    for r in range(rank_quads_end, rank):
+                    for r in range(rank_quads * STATES, rank):
+                        single = steps * rank_quads + r - rank_quads * STATES
                         weight_1 = load(parameters, weight + r * LANES)
                         gweight_1 = load(grad_parameters, gweight + r * LANES)
                         for step in range(steps):
                             entry = step * rank + r
                             gdelta = load(slope_tile, step * LANES)
                             gweight_1 = fma(gdelta, broadcast(dt_tile, entry), gweight_1)
-                            gdt_1 = fma(gdelta, weight_1, load(gdt_tile, entry * LANES))
-                            store(gdt_tile, entry * LANES, gdt_1)
+                            put(gdt_tile, (single + step * (rank % STATES)) * LANES, gdelta * weight_1, True)
                         store(grad_parameters, gweight + r * LANES, gweight_1)
                 at = (task * length * paths + path) * rank
                 _sum_entries(gdt_tile, sums, grad_dt, read, here, at, paths * rank, steps, rank)
@@ -391,7 +414,7 @@ def scan_backward_op(
     arrays += tuple(_flat(x) for x in (parameters, read, write, starts))
     arrays += tuple(_flat(x) for x in (grad_u, grad_dt, grad_B, grad_C, grad_parameters))
     sizes = (dt_steps, B_steps, C_steps, *_sizes(u, dt, B, parameters))
-    tiles = 7 + 2 * STATES + 2 * state + rank
+    tiles = 7 + 2 * STATES + 2 * slots.py_func(state) + slots.py_func(rank)
     scratch = tiles * CHUNK * LANES + _blocks(channels) * state * LANES
     scratch += CHUNK * (rank + 2 * state + max(rank, state)) + 3 * LANES
 
