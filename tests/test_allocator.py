@@ -31,8 +31,12 @@ assert allocator.keeps_freed_memory() == kept
 # Twice as large: small allocations nibble at freed blocks, and an aligned one asks for more than its size.
 faults(160)
 again, held = faults(80), allocator.kept_bytes()
+with allocator.giving_back():
+    meanwhile, held_meanwhile = faults(80), allocator.kept_bytes()
+faults(160)
+after = faults(80)
 allocator.return_freed_memory()
-print(int(kept), again, held, faults(80))
+print(int(kept), again, held, meanwhile, held_meanwhile, after, faults(80))
 """
 
 needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="settings of the GNU C library")
@@ -48,17 +52,20 @@ def measured(**environment: str) -> list[int]:
 
 @needs_glibc
 def test_kept_memory_is_used_again_without_new_pages():
-    kept, again, held, returned = measured()
+    kept, again, held, meanwhile, held_meanwhile, after, returned = measured()
     assert kept
     assert again <= 8
     assert held > 80 * 2**20
     # Of huge pages it takes few.
+    assert meanwhile > 16
+    assert held_meanwhile < 2**24
+    assert after <= 8
     assert returned > 16
 
 
 @needs_glibc
 def test_settings_of_the_environment_win():
-    kept, again, held, _ = measured(MALLOC_TRIM_THRESHOLD_="131072")
+    kept, again, held, *_ = measured(MALLOC_TRIM_THRESHOLD_="131072")
     assert not kept
     assert again > 16
     assert held < 2**24

@@ -4,17 +4,24 @@ A map of a few megabytes that PyTorch frees goes back to the system, and the nex
 which the kernel must find and clear one by one. With large pictures that is a quarter of the time and more.
 """
 
+import contextlib
 import ctypes
 import functools
 import os
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 # malloc.h of the GNU C library
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
-_PAD = 2**26
+# One arena: those that other threads get hold 64 MB at most, and what is larger is mapped anew each time.
+_KEEP = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 2**26), (_ARENA_MAX, 1))
+_GIVE_BACK = ((_MMAP_MAX, 2**16), (_TRIM_THRESHOLD, 2**17), (_TOP_PAD, 2**17))  # the library's own
 _CHOSEN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
 _keeps = False
+_giving_back = 0  # how many want it just now
+_lock = threading.Lock()
 
 
 class _Mallinfo2(ctypes.Structure):
@@ -49,15 +56,41 @@ def keep_freed_memory() -> bool:
     library = _glibc()
     if library is None or any(name in os.environ for name in _CHOSEN):
         return False
-    # One arena: those that other threads get hold 64 MB at most, and what is larger is mapped anew each time.
-    settings = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, _PAD), (_ARENA_MAX, 1))
-    _keeps = all([library.mallopt(name, value) == 1 for name, value in settings])
+    with _lock:
+        _keeps = _set(_KEEP) if not _giving_back else True
     return _keeps
+
+
+def _set(settings: tuple[tuple[int, int], ...]) -> bool:
+    return all([_glibc().mallopt(name, value) == 1 for name, value in settings])
 
 
 def keeps_freed_memory() -> bool:
     """Whether `keep_freed_memory` took effect in this process."""
     return _keeps
+
+
+@contextlib.contextmanager
+def giving_back() -> Iterator[None]:
+    """Meanwhile this process keeps nothing that it frees, and what it had kept goes back; then as before.
+
+    For work that fits in no other way: what is freed between other tensors cannot serve larger ones.
+    """
+    global _giving_back
+    if not _keeps:
+        yield
+        return
+    with _lock:
+        _giving_back += 1
+        _set(_GIVE_BACK)
+    return_freed_memory()
+    try:
+        yield
+    finally:
+        with _lock:
+            _giving_back -= 1
+            if not _giving_back:
+                _set(_KEEP)
 
 
 def return_freed_memory() -> None:

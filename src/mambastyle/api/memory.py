@@ -1,12 +1,16 @@
 """What a stylization will take, and what there is: said before the work starts, not by the kernel after."""
 
+import logging
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 
-from mambastyle.allocator import keeps_freed_memory, kept_bytes
+from mambastyle.allocator import giving_back, keeps_freed_memory, kept_bytes
 from mambastyle.models.mamba_st import MambaST
 from mambastyle.models.samam import SaMam
+
+logger = logging.getLogger(__name__)
 
 _MEMINFO = Path("/proc/meminfo")
 _GROUP_LIMITS = (
@@ -17,8 +21,8 @@ _GROUP_LIMITS = (
     ),
 )
 
-# What is freed lies between what is not, and how much of it varies: SaMam (dim 256) then held from 4.4 to
-# 6.2 GB at 4096 px where 3.8 are estimated (3.3 with memory that goes back).
+# Kept memory lies in pieces between what is in use, and how much of it varies: SaMam (dim 256) then
+# held from 4.4 to 6.2 GB at 4096 px where 3.8 are estimated (3.3 with memory that goes back).
 _SCATTERED = 1.65
 
 
@@ -58,13 +62,19 @@ def available_bytes(device: torch.device) -> int | None:
     return min(found) + kept_bytes() if found else None
 
 
-def check_memory(network: SaMam | MambaST, height: int, width: int, device: torch.device) -> None:
-    """ValueError when a picture of this size will not fit, with the largest side that will."""
+def room_for(
+    network: SaMam | MambaST, height: int, width: int, device: torch.device
+) -> AbstractContextManager[None]:
+    """To stylize a picture of this size within; ValueError with the largest side that fits where it does not.
+
+    Where it fits only if freed memory goes back to the system, that is what happens meanwhile.
+    """
     needed, free = needed_bytes(network, height, width), available_bytes(device)
-    if keeps_freed_memory():
-        needed *= _SCATTERED
-    if free is None or needed <= free:
-        return
+    if free is None or needed * (_SCATTERED if keeps_freed_memory() else 1) <= free:
+        return nullcontext()
+    if needed <= free:
+        logger.info("%d x %d: memory is not kept for this picture, which takes longer", height, width)
+        return giving_back()
     side = max(height, width)
     fitting = int(side * (free / needed) ** 0.5) // 16 * 16
     raise ValueError(

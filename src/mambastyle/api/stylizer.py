@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mambastyle import checkpoints, hub, images
 from mambastyle.api.inputs import Recent, as_list, find_device
-from mambastyle.api.memory import check_memory
+from mambastyle.api.memory import room_for
 from mambastyle.compute import Precision, check_precision, computing_in, freeze
 from mambastyle.models.mamba_st import MambaST, MambaSTConfig
 from mambastyle.models.samam import SaMam, SaMamConfig
@@ -230,10 +230,10 @@ class Stylizer:
         height, width = photo.shape[1:]
         if strength == 0:
             return photo
-        check_memory(self.network, height, width, self.device)
 
         def stylized(codes: list[Tensor], shares: list[float]) -> Tensor:
-            with computing_in(self.precision, self.device):
+            room = room_for(self.network, height, width, self.device)
+            with room, computing_in(self.precision, self.device):
                 picture = self._stylized(photo, codes, shares, strength, draws)
             return keep_colours(picture, photo) if keep_color else picture
 
