@@ -1,4 +1,4 @@
-# make setup, demo, pictures, test, thorough, check, bench, evaluate, ablation: each works alone on a fresh clone.
+# make setup, demo, pictures, test, thorough, check, bench, evaluate, ablation, changes: each works alone on a fresh clone.
 # The CPU build of torch is taken unless nvidia-smi finds a GPU; TORCH=cpu or TORCH=cuda decides otherwise.
 # Where pip's own index serves the CUDA build under that version, TORCH_INDEX names an index with CPU builds.
 PYTHON ?= python3
@@ -19,12 +19,13 @@ EVALUATE_ALSO ?=
 ABLATION_STEPS ?= 1800
 ABLATION_SEEDS ?= 0 1
 ABLATION ?= final base vit no-fuser no-le no-ss2d w-plus
+CHANGES ?= strength-4 edit-all real-75 perceptual-double
 
 ifeq ($(TORCH),cpu)
 PIP_TORCH := --constraint constraints-cpu.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 endif
 
-.PHONY: setup demo pictures test thorough check format bench evaluate ablation clean
+.PHONY: setup demo pictures test thorough check format bench evaluate ablation changes clean
 
 setup: $(STAMP)
 
@@ -72,14 +73,23 @@ evaluate: $(STAMP)
 		--report out/evaluate/methods
 
 # Trains what is missing, goes on with what was interrupted, then compares all of it.
-ABLATION_RUNS := $(foreach name,$(ABLATION),$(foreach seed,$(ABLATION_SEEDS),runs/ablation-$(name)-$(seed)))
+train_each = set -e; for name in $(2); do for seed in $(ABLATION_SEEDS); do \
+	$(BIN)/mambastyle train inversion recipes/$(1)/$$name.yaml -s name=ablation-$$name-$$seed -s seed=$$seed \
+		-s steps=$(ABLATION_STEPS) -s restart_steps=$(ABLATION_STEPS); \
+done; done
+runs_of = $(foreach name,$(1),$(foreach seed,$(ABLATION_SEEDS),runs/ablation-$(name)-$(seed)))
+compare = $(BIN)/mambastyle evaluate ablation $(1) --pack $(PACK) --judge $(WEIGHTS)/judge.safetensors \
+	--directions $(WEIGHTS)/directions.safetensors --report docs/tables/$(2)
+
 ablation: $(STAMP)
-	set -e; for name in $(ABLATION); do for seed in $(ABLATION_SEEDS); do \
-		$(BIN)/mambastyle train inversion recipes/ablation/$$name.yaml -s name=ablation-$$name-$$seed -s seed=$$seed \
-			-s steps=$(ABLATION_STEPS) -s restart_steps=$(ABLATION_STEPS); \
-	done; done
-	$(BIN)/mambastyle evaluate ablation $(ABLATION_RUNS) --pack $(PACK) --judge $(WEIGHTS)/judge.safetensors \
-		--directions $(WEIGHTS)/directions.safetensors --report docs/tables/ablation
+	$(call train_each,ablation,$(ABLATION))
+	$(call compare,$(call runs_of,$(ABLATION)),ablation)
+
+# One change at a time to the preset's recipe, beside Final's runs of `make ablation`.
+changes: $(STAMP)
+	$(call train_each,ablation,final)
+	$(call train_each,changes,$(CHANGES))
+	$(call compare,$(call runs_of,final $(CHANGES)),changes)
 
 clean:
 	rm -rf out build dist .pytest_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""The paper's table 3: variants trained alike, over seeds, each beside the first one picture by picture."""
+"""The paper's table 3: recipes trained alike, over seeds, each beside the first one picture by picture."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from mambastyle.training.inversion import InversionConfig
 MATCHED = ("vit", "no-le", "no-ss2d", "base")
 TOLERANCE = 0.05
 COLUMNS = {
-    "variant": "variant",
+    "recipe": "recipe",
     "seeds": "seeds",
     "l2": "L2",
     "lpips": HEADINGS["lpips"],
@@ -41,8 +41,9 @@ PAIRED = ("l2", "perceptual_squeeze", "ms_ssim")
 
 @dataclasses.dataclass
 class Run:
-    """One trained model of the ablation, measured."""
+    """One trained model, measured. The recipe is what its runs are called, without the seed."""
 
+    recipe: str
     variant: str
     seed: int
     row: dict[str, Any]
@@ -50,7 +51,7 @@ class Run:
 
 
 def find_runs(folders: Sequence[str | Path]) -> list[tuple[Path, InversionConfig]]:
-    """Finished runs with their settings, the variant "final" first; ValueError for an unfinished one."""
+    """Finished runs with their settings, Final's first; ValueError for an unfinished one."""
     found = []
     for folder in map(Path, folders):
         settings = read_run_file(folder / "run.yaml", InversionConfig)
@@ -60,7 +61,12 @@ def find_runs(folders: Sequence[str | Path]) -> list[tuple[Path, InversionConfig
     steps = {settings.steps for _, settings in found}
     if len(steps) > 1:
         raise ValueError(f"runs of {sorted(steps)} steps: only runs of one length can be compared")
-    return sorted(found, key=lambda pair: (pair[1].variant != "final", pair[0].name))
+    return sorted(found, key=lambda pair: (recipe_of(pair[1]) != "final", pair[0].name))
+
+
+def recipe_of(settings: InversionConfig) -> str:
+    """ "final" of "ablation-final-0": what the runs of one recipe and several seeds have in common."""
+    return settings.name.removesuffix(f"-{settings.seed}").removeprefix("ablation-")
 
 
 def run(
@@ -76,9 +82,9 @@ def run(
     device: Any = None,
     progress: bool = False,
 ) -> tuple[Table, Table]:
-    """The table of variants (means over seeds, paired differences to Final) and that of single runs.
+    """The table of recipes (means over seeds, paired differences to the first) and that of single runs.
 
-    folders: of finished runs; their variant and seed are read from run.yaml. directions, judge: give both
+    folders: of finished runs; run.yaml says which recipe, variant and seed. directions, judge: give both
     for the editing columns. Intervals are of the mean over pictures, of values that are means over the seeds:
     how much seeds differ is in the table of runs.
     """
@@ -98,8 +104,8 @@ def run(
     real = judges.pooled(faces)
     measured: list[Run] = []
     for settings, inverter in inverters:
-        variant = settings.variant or "final"
-        method = Method(f"{variant}, seed {settings.seed}", inverter)
+        recipe = recipe_of(settings)
+        method = Method(f"{recipe}, seed {settings.seed}", inverter)
         found = invert_all(method, faces, batch, progress=progress)
         values = pair_values(faces, found.rendered, judges)
         cost = method.cost()
@@ -108,7 +114,7 @@ def run(
         row["milliseconds"] = 1000 * found.seconds / len(faces)
         if edits is not None:
             row |= _edited(method, found, faces, rows, judges, edits)
-        measured.append(Run(variant, settings.seed, row, values))
+        measured.append(Run(recipe, settings.variant or "final", settings.seed, row, values))
     steps = runs[0][1].steps
     title = f"Ablation, {steps} steps each, {len(faces)} test pictures of {Path(pack).stem}, {resolution} px"
     return variants_table(measured, title, judges), runs_table(measured, title, judges)
@@ -118,28 +124,28 @@ def variants_table(measured: Sequence[Run], title: str, judges: Judges) -> Table
     """Means over the seeds; differences to the first variant, picture by picture, with their intervals."""
     columns = {key: heading for key, heading in COLUMNS.items() if judges.measures(key)}
     paired = [key for key in PAIRED if key in measured[0].values]
-    variants = list(dict.fromkeys(one.variant for one in measured))
-    first = variants[0]
+    recipes = list(dict.fromkeys(one.recipe for one in measured))
+    first = recipes[0]
     columns |= {f"{key}_less": f"{columns[key]} less {first}'s" for key in paired if key in columns}
     columns |= _edit_columns(measured)
     table = Table(title, columns)
     per_picture = {
-        variant: {
-            key: torch.stack([one.values[key] for one in measured if one.variant == variant]).mean(0)
+        recipe: {
+            key: torch.stack([one.values[key] for one in measured if one.recipe == recipe]).mean(0)
             for key in measured[0].values
         }
-        for variant in variants
+        for recipe in recipes
     }
-    for variant in variants:
-        its = [one for one in measured if one.variant == variant]
-        row: dict[str, Any] = {"variant": variant, "seeds": ", ".join(str(one.seed) for one in its)}
+    for recipe in recipes:
+        its = [one for one in measured if one.recipe == recipe]
+        row: dict[str, Any] = {"recipe": recipe, "seeds": ", ".join(str(one.seed) for one in its)}
         for key, value in its[0].row.items():
             if isinstance(value, float):
                 row[key] = sum(one.row[key] for one in its) / len(its)
-        row |= summary(per_picture[variant])
-        if variant != first:
+        row |= summary(per_picture[recipe])
+        if recipe != first:
             for key in paired:
-                interval = metrics.bootstrap(per_picture[variant][key] - per_picture[first][key])
+                interval = metrics.bootstrap(per_picture[recipe][key] - per_picture[first][key])
                 row[f"{key}_less"] = interval.mean
                 row[f"{key}_less_interval"] = [interval.low, interval.high]
         table.rows.append(row)
@@ -147,7 +153,7 @@ def variants_table(measured: Sequence[Run], title: str, judges: Judges) -> Table
         "means over the seeds; in brackets 95 % intervals, bootstrap over the pictures.",
         f"less {first}'s: the mean difference picture by picture; an interval without 0 is an ordering that"
         " holds on other such pictures (not on other seeds: see the table of runs).",
-        *_parameter_notes(table.rows),
+        *_parameter_notes(table.rows, {one.recipe: one.variant for one in measured}),
     ]
     return table
 
@@ -157,7 +163,7 @@ def runs_table(measured: Sequence[Run], title: str, judges: Judges) -> Table:
     columns = {key: heading for key, heading in COLUMNS.items() if judges.measures(key)}
     columns["seeds"] = "seed"
     table = Table(f"{title}: every run", columns | _edit_columns(measured))
-    table.rows += [{"variant": one.variant, "seeds": one.seed, **one.row} for one in measured]
+    table.rows += [{"recipe": one.recipe, "seeds": one.seed, **one.row} for one in measured]
     return table
 
 
@@ -185,15 +191,18 @@ def _edited(
     return columns
 
 
-def _parameter_notes(rows: Sequence[dict[str, Any]]) -> list[str]:
+def _parameter_notes(rows: Sequence[dict[str, Any]], variants: dict[str, str]) -> list[str]:
     """Whether the parameters of each variant are as close to the first one's as the paper's."""
     notes = []
-    final = rows[0]["parameters"]
+    first = variants[rows[0]["recipe"]]
     for row in rows[1:]:
-        apart = row["parameters"] / final - 1
-        if row["variant"] in MATCHED:
+        recipe = row["recipe"]
+        if variants[recipe] == first:
+            continue  # the same network, trained otherwise
+        apart = row["parameters"] / rows[0]["parameters"] - 1
+        if variants[recipe] in MATCHED:
             state = "within" if abs(apart) <= TOLERANCE else "NOT within"
-            notes.append(f"{row['variant']}: parameters {apart:+.1%}, {state} {TOLERANCE:.0%} of Final's.")
+            notes.append(f"{recipe}: parameters {apart:+.1%}, {state} {TOLERANCE:.0%} of Final's.")
         else:
-            notes.append(f"{row['variant']}: parameters {apart:+.1%}, as the variant implies.")
+            notes.append(f"{recipe}: parameters {apart:+.1%}, as the variant implies.")
     return notes
