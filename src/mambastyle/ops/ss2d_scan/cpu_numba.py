@@ -203,8 +203,8 @@ def _ss2d_backward(  # type: ignore
 
     grad_parameters is per image; grad_dt, grad_B and grad_C are (task, length, path, entry), to be summed
     over the tasks of an image. For every four states a tile is computed forwards from its stored start, then
-    backwards. grad_dt, grad_B and grad_C keep their 16 lanes apart until all blocks of the task are through
-    with the tile.
+    backwards. grad_dt, grad_B and grad_C keep their lanes apart, as `cpu_tiles.put` lays them out, until all
+    blocks of the task are through with the tile.
     """
     blocks = (channels + LANES - 1) // LANES
     chunks = (length + CHUNK - 1) // CHUNK
