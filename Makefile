@@ -19,7 +19,9 @@ EVALUATE_ALSO ?=
 ABLATION_STEPS ?= 1800
 ABLATION_SEEDS ?= 0 1
 ABLATION ?= final base vit no-fuser no-le no-ss2d w-plus
-CHANGES ?= strength-4 edit-all real-75 perceptual-double
+CHANGES ?= strength-4 edit-all real-75 perceptual-double rate-double
+# The ablation's own: the preset's are learned through the preset's encoder.
+BOUNDARIES := recipes/weights/directions-kaokore64.safetensors
 
 ifeq ($(TORCH),cpu)
 PIP_TORCH := --constraint constraints-cpu.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
@@ -79,13 +81,13 @@ train_each = set -e; for name in $(2); do for seed in $(ABLATION_SEEDS); do \
 done; done
 runs_of = $(foreach name,$(1),$(foreach seed,$(ABLATION_SEEDS),runs/ablation-$(name)-$(seed)))
 compare = $(BIN)/mambastyle evaluate ablation $(1) --pack $(PACK) --judge $(WEIGHTS)/judge.safetensors \
-	--directions $(WEIGHTS)/directions.safetensors --report docs/tables/$(2)
+	--directions $(BOUNDARIES) --report docs/tables/$(2)
 
 ablation: $(STAMP)
 	$(call train_each,ablation,$(ABLATION))
 	$(call compare,$(call runs_of,$(ABLATION)),ablation)
 
-# One change at a time to the preset's recipe, beside Final's runs of `make ablation`.
+# One change at a time to the ablation's recipe, beside Final's runs of `make ablation`.
 changes: $(STAMP)
 	$(call train_each,ablation,final)
 	$(call train_each,changes,$(CHANGES))

@@ -76,18 +76,18 @@ def test_a_changed_recipe_differs_in_one_section_alone(request):
         assert len([key for key in final if changed[key] != final[key]]) == 1
 
 
-def test_the_ablations_recipes_are_the_presets_with_a_variant(request):
+def test_the_ablations_recipes_are_one_recipe_with_a_variant(request):
     from mambastyle.models.mambastyle import VARIANTS, variant_of
     from mambastyle.training.config import read_run_file
     from mambastyle.training.inversion import InversionConfig
 
     recipes = request.config.rootpath / "recipes"
-    preset = read_run_file(recipes / "inversion-kaokore64.yaml", InversionConfig)
+    common = read_run_file(recipes / "ablation-kaokore64.yaml", InversionConfig)
     files = sorted((recipes / "ablation").glob("*.yaml"))
     assert {file.stem for file in files} == set(VARIANTS)
     for file in files:
         config = read_run_file(file, InversionConfig)
         assert config.variant == file.stem
-        assert config.model == variant_of(preset.model, file.stem)
+        assert config.model == variant_of(common.model, file.stem)
         changed = {"name", "model", "variant", "weights"}
-        assert config.model_dump(exclude=changed) == preset.model_dump(exclude=changed)
+        assert config.model_dump(exclude=changed) == common.model_dump(exclude=changed)
