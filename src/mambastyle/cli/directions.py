@@ -134,6 +134,9 @@ def learn(
     half: Annotated[
         Half, typer.Option(help="Of the split by file names: leave those out that a judge was trained on.")
     ] = Half.both,
+    start: Annotated[
+        Path | None, typer.Option(help="Directions to begin at, by name; default: the model's own.")
+    ] = None,
     layers: Annotated[
         str | None,
         typer.Option(help="FIRST:STOP, the layers that may move; default: all but the finest three."),
@@ -188,7 +191,7 @@ def learn(
         heads=heads or FACE_HEADS,
         only=labels or (),
         done=found,
-        starts=inverter.directions,
+        starts=inverter.directions if start is None else Directions.load(start),
         split=split,
         half=half.value,
         layers=(int(match[1]), int(match[2])) if match else None,

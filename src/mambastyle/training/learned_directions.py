@@ -53,11 +53,11 @@ class Settings:
     batch: int = 32
     learning_rate: float = 0.035
     strengths: tuple[float, float] = (1.0, 2.5)
-    attribute: float = 1.0
+    attribute: float = 1.5
     likeness: float = 1.0
     spread: float = 0.5
     places: float = 0.5
-    colour: float = 60.0
+    colour: float = 200.0
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 2:
