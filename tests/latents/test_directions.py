@@ -150,3 +150,12 @@ def test_sets_of_one_generator_join(directions):
         Directions.joined([directions, Directions(smile.values(), generator="cd" * 32)])
     with pytest.raises(DirectionError, match="two directions are named 'smile'"):
         Directions.joined([smile, smile])
+
+
+def test_loaded_directions_do_not_follow_their_file(tmp_path):
+    path = tmp_path / "directions.safetensors"
+    Directions([Direction("age", torch.ones(4, 6))]).save(path)
+    found = Directions.load(path)
+    with path.open("r+b") as file:  # in place, as cp does it
+        file.write(bytes(path.stat().st_size))
+    assert torch.equal(found["age"].vector, torch.ones(4, 6))
