@@ -224,7 +224,7 @@ class Directions(Mapping[str, Direction]):
         checkpoint = checkpoints.load(Path(path), kind=KIND)
         try:
             saved = checkpoints.config_from_dict(_Saved, checkpoint.config)
-            # Copies: a tensor of a file is the file's memory, and whoever writes into it would move the edits.
+            # Copies: a tensor of a file is the file's memory, and what is written into it moves the edits.
             directions = [
                 Direction(vector=checkpoint.tensors[entry.name].float().clone(), **vars(entry))
                 for entry in saved.directions
