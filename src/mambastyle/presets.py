@@ -52,7 +52,7 @@ _KAOKORE64 = Preset(
     ),
     licence="CC BY-SA 4.0",
     reaches="559 test faces: L2 0.0050 on [-1, 1], MS-SSIM 0.958 (docs/reproduction.md)",
-    demo_edits=(("gender", (-2.0, 2.0, 3.0)), ("noble", (1.5, 2.5)), ("incarnation", (2.0, 3.0))),
+    demo_edits=(("gender", (-2.0, 2.0, 3.0)), ("noble", (1.5, 2.5)), ("warrior", (2.0, 4.0))),
 )
 
 _STYLE_DATA = (
