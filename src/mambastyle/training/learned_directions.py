@@ -111,10 +111,11 @@ def learn_direction(
         spread |deviation(x') - deviation(with)|^2 are of those of pictures without it + colour |chroma(x') -
         chroma(x)|^2
 
-    so a strength of 1 is asked to leave the classifier in two minds. spaces: features to compare sets in, beside the
-    classifier's own and the colours of an 8 x 8 grid; None for these alone. layers: those that may move; by
-    default all but the finest three. start: where to begin, best a direction that the fuser was trained with
-    (from others F keeps more of the old picture); by default the difference of the mean inverted w.
+    so a strength of 1 is asked to leave the classifier in two minds. spaces: features to compare sets in,
+    beside the classifier's own and the colours of an 8 x 8 grid; None for these alone. layers: those that may
+    move; by default all but the finest three. start: where to begin, best a direction that the fuser was
+    trained with (from others F keeps more of the old picture); by default the difference of the mean inverted
+    w.
 
     Raises ValueError where one side has less than ten pictures, or a label is unknown.
     """
