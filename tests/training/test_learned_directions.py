@@ -230,6 +230,9 @@ def test_the_command_writes_and_goes_on(tiny_model_folder, tmp_path, pack, two, 
     assert out.read_bytes() == written
     assert run("--layers", "two") == 1
     assert "expected FIRST:STOP" in capsys.readouterr().err
+    Directions(found.values(), generator="0" * 64).save(tmp_path / "other.safetensors")
+    assert run("--start", tmp_path / "other.safetensors") == 1
+    assert "begin at those of" in capsys.readouterr().err
     Directions(found.values(), generator="0" * 64).save(out)
     assert run() == 1
     assert "another generator" in capsys.readouterr().err

@@ -163,18 +163,14 @@ def learn(
 
         mambastyle directions learn noble.safetensors --pack faces.zip --head status --label noble --steps 300
     """
-    import re
-
     from mambastyle import checkpoints
     from mambastyle.api import load_inverter
     from mambastyle.features import small
-    from mambastyle.latents.directions import Directions
+    from mambastyle.latents.directions import Directions, parse_layers
     from mambastyle.training.directions import FACE_HEADS
     from mambastyle.training.learned_directions import Settings, learn_from_pack
 
-    match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", layers) if layers else None
-    if layers and match is None:
-        raise ValueError(f"the layers are {layers!r}, expected FIRST:STOP such as 0:7")
+    free = parse_layers(layers, "--layers") if layers else None
     inverter = load_inverter(model, device=device)
     file = classifier or inverter.features
     if file is None or inverter.files is None:
@@ -183,6 +179,9 @@ def learn(
     found = Directions.load(out) if out.is_file() else Directions(generator=sha256)
     if found.generator != sha256:
         raise ValueError(f"{out} holds the directions of another generator: name another file")
+    starts = inverter.directions if start is None else Directions.load(start)
+    if starts.generator not in (None, sha256):
+        raise ValueError(f"{start} holds the directions of another generator: begin at those of {model}")
     for direction in learn_from_pack(
         pack,
         inverter.model,
@@ -191,10 +190,10 @@ def learn(
         heads=heads or FACE_HEADS,
         only=labels or (),
         done=found,
-        starts=inverter.directions if start is None else Directions.load(start),
+        starts=starts,
         split=split,
         half=half.value,
-        layers=(int(match[1]), int(match[2])) if match else None,
+        layers=free,
         settings=Settings(steps=steps, batch=batch),
         seed=seed,
         progress=True,

@@ -167,10 +167,7 @@ class Directions(Mapping[str, Direction]):
         direction = self[name]
         if not at:
             return direction
-        match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", layers)
-        if match is None:
-            raise DirectionError(f"the layers of {text!r} are {layers!r}, expected FIRST:STOP such as 0:4")
-        return direction.on_layers(int(match[1]), int(match[2]))
+        return direction.on_layers(*parse_layers(layers, text))
 
     def __contains__(self, name: object) -> bool:
         return name in self._by_name
@@ -279,6 +276,14 @@ def parse_edit(text: str) -> tuple[str, float | None]:
             f"the edit {text!r} names no direction, expected NAME=STRENGTH such as gender=1.5"
         )
     return name, check_strength(strength, name) if equals else None
+
+
+def parse_layers(text: str, of: str = "the direction") -> tuple[int, int]:
+    """'0:4' -> (0, 4), the layers [0, 4) as in `range`; DirectionError for other text."""
+    match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
+    if match is None:
+        raise DirectionError(f"the layers of {of!r} are {text!r}, expected FIRST:STOP such as 0:4")
+    return int(match[1]), int(match[2])
 
 
 def check_strength(strength: object, name: str = "the direction") -> float:
