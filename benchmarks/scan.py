@@ -6,9 +6,11 @@
 
 On a GPU times are those between two events on the device, and memory is PyTorch's peak of allocations.
 
-Contestants take turns within each repeat, in one process with one thread count, and medians are compared. On
-one thread the ratios are of CPU time, which other programs on the machine disturb least; with more, of wall
-time.
+Contestants take turns within each repeat, in one process with one thread count, and medians are compared. A
+turn is two calls: the first finds caches full of what the contestant before left there, for the second they
+hold its own data and code, as they do when calls follow each other. Ratios are given for both; short scans
+differ much. On one thread they are of CPU time, which other programs on the machine disturb least; with more,
+of wall time.
 """
 
 import argparse
@@ -175,6 +177,7 @@ def measure(
 ) -> dict[str, dict[str, float | None]]:
     inputs = make_inputs(SHAPES[name], device)
     runs = {peer: passes(CONTESTANTS[peer], inputs)[kind] for peer in contestants(name, kind, device, only)}
+    firsts: dict[str, list[tuple[float, float]]] = {peer: [] for peer in runs}
     times: dict[str, list[tuple[float, float]]] = {peer: [] for peer in runs}
     memory = {}
     for peer, run in runs.items():
@@ -184,14 +187,18 @@ def measure(
         for peer, run in runs.items():
             if repeat >= 3 and min(times[peer])[0] > 3:  # a slow peer does not need many
                 continue
+            firsts[peer].append(seconds(run, device))
             times[peer].append(seconds(run, device))
     figures = {}
     for peer in runs:
         wall, cpu = zip(*times[peer], strict=True)
+        first_wall, first_cpu = zip(*firsts[peer], strict=True)
         figures[peer] = {
             "wall_ms": 1e3 * statistics.median(wall),
             "cpu_ms": 1e3 * statistics.median(cpu),
             "cpu_ms_min": 1e3 * min(cpu),
+            "first_wall_ms": 1e3 * statistics.median(first_wall),
+            "first_cpu_ms": 1e3 * statistics.median(first_cpu),
             "repeats": len(wall),
             "peak_extra_mb": None if memory[peer] is None else memory[peer] / 1e6,
         }
@@ -239,6 +246,7 @@ def main() -> None:
     kept = arguments.keep_memory and keep_freed_memory()
     repeats = 3 if arguments.quick else arguments.repeats
     clock = "cpu_ms" if arguments.threads == 1 else "wall_ms"
+    first = f"first_{clock}"
     ours = OURS[arguments.device]
     report = {
         "command": " ".join(sys.argv),
@@ -256,6 +264,7 @@ def main() -> None:
             for peer, figure in figures.items():
                 if ours in figures:
                     figure[f"times_{ours}"] = figure[clock] / figures[ours][clock]
+                    figure[f"first_times_{ours}"] = figure[first] / figures[ours][first]
                 print(
                     f"{name} {kind:17} {peer:10}",
                     *(f"{k} {v:.4g}" for k, v in figure.items() if v is not None),

@@ -297,21 +297,23 @@ def _scan_by_kernels(
     """Calls a backend's op (operator.py), with `widen` on tensors of the dtype that is computed in."""
     from mambastyle.ops.selective_scan import operator
 
-    batch, channels, length = u.shape
     # B and C that differ between channels and not between steps are rare (S4D): every channel is its own
     # group then, which is correct, but fills one lane of sixteen.
-    groups = channels if 2 in (B.ndim, C.ndim) else _groups(B, C)
-
-    def per_group(x: Tensor) -> Float[Tensor, "batch groups state length"]:
-        if x.ndim == 2:
-            return x[None, :, :, None].expand(batch, -1, -1, length)
-        x = x if x.ndim == 4 else x.unsqueeze(1)
-        return x if x.shape[1] == groups else x.repeat_interleave(groups // x.shape[1], dim=1)
-
-    tensors = [u, delta, A, per_group(B), per_group(C), D, delta_bias]
+    groups = u.shape[1] if 2 in (B.ndim, C.ndim) else _groups(B, C)
+    tensors = [u, delta, A, _per_group(B, u, groups), _per_group(C, u, groups), D, delta_bias]
     if widen:
-        tensors = [None if x is None else x.to(dtype) for x in tensors]
+        tensors = [x if x is None or x.dtype == dtype else x.to(dtype) for x in tensors]
     return operator.run(op, *tensors, delta_softplus)  # type: ignore[arg-type]
+
+
+def _per_group(x: Tensor, u: Tensor, groups: int) -> Float[Tensor, "batch groups state length"]:
+    """B or C of any of its shapes as the ops take it."""
+    if x.ndim == 4 and x.shape[1] == groups:
+        return x
+    if x.ndim == 2:
+        return x[None, :, :, None].expand(u.shape[0], -1, -1, u.shape[2])
+    x = x if x.ndim == 4 else x.unsqueeze(1)
+    return x if x.shape[1] == groups else x.repeat_interleave(groups // x.shape[1], dim=1)
 
 
 _Scan = Callable[..., tuple[Tensor, Tensor]]
