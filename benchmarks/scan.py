@@ -3,6 +3,7 @@
     python benchmarks/scan.py --json scan.json          # S1-S5, a few minutes
     python benchmarks/scan.py --quick                   # S1 and S2, under a minute
     python benchmarks/scan.py --device cuda             # Triton, and mamba-ssm where it is installed
+    python benchmarks/scan.py --scaling 2               # ours on two threads against one, in turns
 
 On a GPU times are those between two events on the device, and memory is PyTorch's peak of allocations.
 
@@ -205,6 +206,26 @@ def measure(
     return figures
 
 
+def scaling(name: str, kind: str, repeats: int, threads: int) -> dict[str, float]:
+    """Wall time of our scan on one thread and on several, which take turns as contestants do."""
+    run = passes(CONTESTANTS[OURS["cpu"]], make_inputs(SHAPES[name], "cpu"))[kind]
+    times: dict[int, list[float]] = {1: [], threads: []}
+    for _ in range(repeats):
+        for count, found in times.items():
+            torch.set_num_threads(count)
+            run()
+            found.append(seconds(run, "cpu")[0])
+    one, several = (statistics.median(found) for found in times.values())
+    ratios = [alone / together for alone, together in zip(*times.values(), strict=True)]
+    return {
+        "one_ms": 1e3 * one,
+        "several_ms": 1e3 * several,
+        "ratio": one / several,
+        "median_of_ratios": statistics.median(ratios),
+        "ratio_of_the_least": min(times[1]) / min(times[threads]),
+    }
+
+
 def machine() -> dict[str, Any]:
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
@@ -234,6 +255,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(CONTESTANTS), help="default: all that fit")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--scaling", type=int, metavar="THREADS", help="nothing but our scan, on THREADS against one"
+    )
     parser.add_argument("--device", choices=list(OURS), default="cpu")
     parser.add_argument(
         "--keep-memory",
@@ -242,6 +266,8 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="write the figures there")
     arguments = parser.parse_args()
+    if arguments.scaling is not None and (arguments.scaling < 2 or arguments.device != "cpu"):
+        parser.error("--scaling takes 2 threads or more, and the CPU")
     torch.set_num_threads(arguments.threads)
     kept = arguments.keep_memory and keep_freed_memory()
     repeats = 3 if arguments.quick else arguments.repeats
@@ -260,6 +286,10 @@ def main() -> None:
     for name in ["S1", "S2"] if arguments.quick else arguments.shapes or list(SHAPES):
         results[name] = {"shape": SHAPES[name]._asdict()}
         for kind in ("forward", "forward+backward"):
+            if arguments.scaling:
+                results[name][kind] = scaling(name, kind, repeats, arguments.scaling)
+                print(f"{name} {kind:17}", *(f"{k} {v:.4g}" for k, v in results[name][kind].items()))
+                continue
             figures: dict[str, Any] = measure(name, kind, repeats, arguments.device, arguments.only)
             for peer, figure in figures.items():
                 if ours in figures:
@@ -270,8 +300,8 @@ def main() -> None:
                     *(f"{k} {v:.4g}" for k, v in figure.items() if v is not None),
                 )
             results[name][kind] = figures
-            if arguments.json:
-                arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+        if arguments.json:
+            arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":
