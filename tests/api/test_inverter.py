@@ -154,6 +154,13 @@ def test_loading_leaves_the_callers_random_numbers_alone(tiny_model_folder):
     assert torch.equal(torch.rand(1), expected)
 
 
+def test_a_model_loaded_in_inference_mode_works_there(inverter, tiny_model_folder, faces):
+    with torch.inference_mode():
+        loaded = ms.load(tiny_model_folder, device="cpu")
+        again = loaded.render(loaded.invert(faces[:1]), output="tensor")
+    assert torch.equal(again, inverter.render(inverter.invert(faces[:1]), output="tensor"))
+
+
 def test_mistakes_are_named(inverter, faces, tiny_model_folder):
     with pytest.raises(ms.DirectionError, match="did you mean 'gender'"):
         inverter.edit(faces[0], {"gendre": 1.0})

@@ -39,3 +39,23 @@ def test_path_lengths_of_a_linear_generator():
     # Each of the four rows gets a quarter of J^T y; the mean of the squares over rows is (1/4)^2 |J^T y|^2.
     expected = (noise.flatten(1) / 2 @ matrix.t()).norm(dim=1) / 4
     torch.testing.assert_close(lengths, expected)
+
+
+def test_spectra_of_equal_pictures_do_not_differ():
+    pictures = torch.rand(2, 3, 16, 12)
+    assert adversarial.spectrum_distance(pictures, pictures) == 0
+
+
+def test_twice_the_contrast_is_four_times_the_power_everywhere():
+    pictures = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    distance = adversarial.spectrum_distance(2 * pictures, pictures)
+    torch.testing.assert_close(distance, torch.tensor(math.log(4) ** 2))
+
+
+def test_only_fine_detail_counts_in_spectra():
+    position = torch.arange(32.0)
+    coarse = torch.cos(2 * math.pi * position / 8).expand(1, 3, 32, 32)
+    hatching = torch.cos(math.pi * position)[:, None] * torch.cos(math.pi * position)
+    noise = 0.1 * torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    added = [adversarial.spectrum_distance(noise + extra, noise) for extra in (coarse, hatching)]
+    assert added[0] < 0.01 < 1 < added[1]

@@ -1,6 +1,7 @@
 """GAN training on a tiny pack: every term appears, the run resumes exactly, the checkpoint loads."""
 
 import io
+import json
 import zipfile
 
 import numpy as np
@@ -97,6 +98,13 @@ def test_reconstruction_teaches_generator_and_encoder_the_pictures(settings):
     assert task.encoder is not None
     for module in (task.encoder, task.generator.synthesis, task.generator.mapping):
         assert any(p.grad is not None and p.grad.abs().any() for p in module.parameters())
+
+
+def test_the_term_of_spectra_brings_fine_detail_to_that_of_the_pictures(settings):
+    # The pictures are noise, of which a new generator has far too little.
+    folder = run(GANConfig(**(settings | {"spectrum": 1.0, "steps": 20})))
+    logged = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert logged[-1]["spectrum"] < 0.5 * logged[0]["spectrum"]
 
 
 def test_a_perceptual_reconstruction_without_its_network_is_an_error(settings):

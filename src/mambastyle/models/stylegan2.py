@@ -216,7 +216,8 @@ class SynthesisLayer(nn.Module):
 
         For a 64 px generator they were a fifth of a training step of the inversion.
         """
-        if self.weight.requires_grad or torch.compiler.is_compiling():
+        # A tensor made in inference mode counts no versions: whether it changed cannot be told.
+        if self.weight.requires_grad or self.weight.is_inference() or torch.compiler.is_compiling():
             weight = self.weight * self.weight_gain
             return weight, kernel_energy(weight)
         key = (self.weight.data_ptr(), self.weight._version, self.weight.dtype)
