@@ -102,6 +102,22 @@ def test_table_has_a_row_per_method_and_leaves_out_what_it_cannot_measure(
     assert json.loads(file.read_text())["rows"][1]["method"] == "mean w"
 
 
+def test_bfloat16_is_measured_and_said_where_nothing_optimises(tiny_model_folder, judges, pictures):
+    rows, notes = [], []
+    for precision in ("fp32", "bf16"):
+        methods = inversion.load_methods(
+            {"ours": tiny_model_folder}, others=[("optimise", 2)], device="cpu", precision=precision
+        )
+        table = inversion.compare(pictures, methods, judges)
+        rows.append(table.rows)
+        notes.append([note for note in table.notes if "bfloat16" in note])
+    assert [len(found) for found in notes] == [0, 1]
+    (ours, ours_bf16), (searched, searched_bf16) = zip(*rows, strict=True)
+    assert ours["l2"] != ours_bf16["l2"]
+    assert ours["l2"] == pytest.approx(ours_bf16["l2"], rel=0.05)
+    assert searched["l2"] == pytest.approx(searched_bf16["l2"], rel=0.05)
+
+
 def test_cases_are_chosen_by_the_distance_alone():
     originals = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 3, 64, 64) / 4
     ranking = torch.tensor([0.3, 0.1, 0.5, 0.2, 0.4])

@@ -8,11 +8,12 @@ import typer
 from rich.console import Console
 
 from mambastyle.cli.batch import Batch
-from mambastyle.cli.pictures import BatchSize, Device, Model
+from mambastyle.cli.pictures import BatchSize, Device, Model, Precise
 from mambastyle.cli.stylize import StylizerModel
 
 if TYPE_CHECKING:
     from mambastyle.api.methods import MethodName
+    from mambastyle.compute import Precision
     from mambastyle.evaluation.judges import Judges
     from mambastyle.evaluation.table import Table
 
@@ -101,6 +102,7 @@ def inversion(
     count: Count = None,
     report: Report = None,
     batch_size: BatchSize = 16,
+    precision: Precise = "fp32",
     device: Device = None,
 ) -> None:
     """Compare pictures with their inversions: L2, MS-SSIM, perceptual and Frechet distances, milliseconds.
@@ -124,12 +126,13 @@ def inversion(
             batch=batch_size,
             judges=_judges(weights),
             device=device,
+            precision=precision,
             progress=True,
         )
         return _show(table, report, "inversion")
     if not inputs:
         raise ValueError("nothing to evaluate: name pictures, or a pack with --pack")
-    return _evaluate_pictures(inputs, model, out, _judges(weights), batch_size, device)
+    return _evaluate_pictures(inputs, model, out, _judges(weights), batch_size, device, precision)
 
 
 @app.command()
@@ -227,6 +230,7 @@ def cost(
     batch_size: BatchSize = 16,
     repeats: Annotated[int, typer.Option(min=1, help="Times are medians of so many.")] = 5,
     report: Report = None,
+    precision: Precise = "fp32",
     device: Device = None,
 ) -> None:
     """Parameters, GMACs, milliseconds and peak memory of ways to invert, each in a process of its own.
@@ -236,7 +240,8 @@ def cost(
     from mambastyle.evaluation.timing import run
 
     chosen = _ways(ways or ["encoder"])
-    _show(run(model, chosen, batch=batch_size, repeats=repeats, device=device), report, "cost")
+    table = run(model, chosen, batch=batch_size, repeats=repeats, device=device, precision=precision)
+    _show(table, report, "cost")
 
 
 @app.command()
@@ -347,6 +352,7 @@ def _evaluate_pictures(
     judges: "Judges",
     batch_size: int,
     device: str | None,
+    precision: "Precision",
 ) -> None:
     """One model on any pictures; those that cannot be read are listed at the end."""
     import json
@@ -360,7 +366,7 @@ def _evaluate_pictures(
 
     batch = Batch()
     paths = batch.find(inputs)
-    inverter = load_inverter(model, device=device, batch_size=batch_size)
+    inverter = load_inverter(model, device=device, precision=precision, batch_size=batch_size)
     pictures = []
     for path in paths:
         with batch.attempt(path):

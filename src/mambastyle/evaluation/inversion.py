@@ -18,6 +18,7 @@ from tqdm import tqdm
 from mambastyle import images
 from mambastyle.api import Inverted, Inverter, load_inverter
 from mambastyle.api.methods import MethodName
+from mambastyle.compute import Precision
 from mambastyle.data.packs import from_bytes, open_pack
 from mambastyle.evaluation import metrics
 from mambastyle.evaluation.cost import Cost, cost_of
@@ -271,15 +272,17 @@ def load_methods(
     others_count: int | None = None,
     seed: int = 0,
     device: Any = None,
+    precision: Precision = "fp32",
 ) -> list[Method]:
     """The encoders of models on disk, and other ways to invert with the first of them.
 
     models: name -> preset or folder. w_plus_only: names whose feature is not rendered. others: ways and
-    their steps (None for each one's own number), on the first `others_count` pictures.
+    their steps (None for each one's own number), on the first `others_count` pictures. precision: of what
+    does not optimise.
     """
     alone = set(w_plus_only)
     methods = [
-        Method(name, load_inverter(model, device=device), use_feature=name not in alone)
+        Method(name, load_inverter(model, device=device, precision=precision), use_feature=name not in alone)
         for name, model in models.items()
     ]
     for how, steps in others:
@@ -311,6 +314,7 @@ def run(
     batch: int = 32,
     judges: Judges | None = None,
     device: Any = None,
+    precision: Precision = "fp32",
     progress: bool = False,
 ) -> Table:
     """The inversion table for models on disk (see `load_methods`) on the test split of a pack.
@@ -318,7 +322,13 @@ def run(
     count: the first so many pictures, all by default.
     """
     methods = load_methods(
-        models, w_plus_only=w_plus_only, others=others, others_count=others_count, seed=seed, device=device
+        models,
+        w_plus_only=w_plus_only,
+        others=others,
+        others_count=others_count,
+        seed=seed,
+        device=device,
+        precision=precision,
     )
     inverter = methods[0].inverter
     judges = (Judges.found() if judges is None else judges).to(inverter.device)
@@ -345,6 +355,8 @@ def _notes(height: int, width: int, methods: Sequence[Method]) -> list[str]:
         " encoder one pass of the generator alone.",
         "ms per picture: inverting and rendering, after a warm-up, on the machine of the run.",
     ]
+    if methods[0].inverter.precision != "fp32":
+        notes.append("Products and convolutions in bfloat16, but for methods that optimise.")
     optimising = [method for method in methods if method.how not in ("encoder", "mean-w")]
     if optimising:
         judge, _ = optimising[0].inverter.judge

@@ -12,6 +12,7 @@ import torch
 from mambastyle.api import load_inverter
 from mambastyle.api.inputs import find_device
 from mambastyle.api.methods import MethodName
+from mambastyle.compute import Precision
 from mambastyle.evaluation.inversion import TITLES, Method
 from mambastyle.evaluation.memory import peak_memory
 from mambastyle.evaluation.table import Table
@@ -34,6 +35,7 @@ def run(
     batch: int = 16,
     repeats: int = 5,
     device: str | None = None,
+    precision: Precision = "fp32",
 ) -> Table:
     """A row per way to invert with one model.
 
@@ -42,7 +44,7 @@ def run(
     """
     table = Table(
         f"Cost of inverting and rendering with {Path(model).name}, batch {batch}, "
-        f"{torch.get_num_threads()} threads",
+        f"{torch.get_num_threads()} threads, {precision}",
         COLUMNS,
         notes=[
             "M parameters, GMACs (the paper's rule): with the generator; of a method without an encoder the"
@@ -56,18 +58,24 @@ def run(
         # A fresh process each: the peak of a process never falls.
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, mp_context=context) as pool:
-            row = pool.submit(measure, str(model), how, steps, batch, repeats, device).result()
+            row = pool.submit(measure, str(model), how, steps, batch, repeats, device, precision).result()
         table.rows.append({"method": TITLES[how], "steps": steps, **row})
     return table
 
 
 def measure(
-    model: str, how: MethodName, steps: int | None, batch: int, repeats: int, device: str | None
+    model: str,
+    how: MethodName,
+    steps: int | None,
+    batch: int,
+    repeats: int,
+    device: str | None,
+    precision: Precision = "fp32",
 ) -> dict[str, Any]:
     """One row, in this process."""
     times = []
     with peak_memory(find_device(device)) as peak:
-        inverter = load_inverter(model, device=device, batch_size=batch)
+        inverter = load_inverter(model, device=device, precision=precision, batch_size=batch)
         method = Method(TITLES[how], inverter, how, steps)
         side = inverter.resolution
         pictures = torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
