@@ -57,16 +57,14 @@ def spectrum_distance(
     Hann window. Spectral regularisation (Durall et al. 2020, section 4) with logarithms, not cross-entropy.
     """
     height, width = fake.shape[2:]
-    rows = torch.fft.fftfreq(height, device=fake.device)
-    columns = torch.fft.rfftfreq(width, device=fake.device)
-    radius = torch.hypot(rows[:, None], columns)
-    ring = ((radius - finest) / (math.sqrt(0.5) - finest) * bands).long().clamp(max=bands - 1)
-    window = torch.hann_window(height, device=fake.device)[:, None] * torch.hann_window(
-        width, device=fake.device
-    )
+    rows, columns = torch.fft.fftfreq(height), torch.fft.rfftfreq(width)
+    edges = torch.linspace(finest, math.sqrt(0.5), bands + 1)[:-1]
+    # 0 is what is coarser than `finest`.
+    ring = torch.bucketize(torch.hypot(rows[:, None], columns), edges, right=True).to(fake.device)
+    window = torch.outer(torch.hann_window(height), torch.hann_window(width)).to(fake.device)
 
-    def powers(pictures: Tensor) -> Float[Tensor, " bands"]:
+    def powers(pictures: Tensor) -> Tensor:
         power = torch.fft.rfft2(pictures.float() * window).abs().square().mean((0, 1))
-        return torch.stack([power[(ring == number) & (radius >= finest)].mean() for number in range(bands)])
+        return torch.stack([power[ring == number].mean() for number in range(1, bands + 1)])
 
     return (powers(fake) / powers(real)).log().square().mean()
