@@ -55,6 +55,7 @@ def spectrum_distance(
 
     The mean over rings of the Fourier plane from `finest` cycles a pixel to its corners, each picture under a
     Hann window. Spectral regularisation (Durall et al. 2020, section 4) with logarithms, not cross-entropy.
+    The range of the pictures cancels if it is the same; a set without any detail in a ring gives inf.
     """
     height, width = fake.shape[2:]
     rows, columns = torch.fft.fftfreq(height), torch.fft.rfftfreq(width)
