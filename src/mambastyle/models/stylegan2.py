@@ -216,8 +216,9 @@ class SynthesisLayer(nn.Module):
 
         For a 64 px generator they were a fifth of a training step of the inversion.
         """
-        # A tensor made in inference mode counts no versions: whether it changed cannot be told.
-        if self.weight.requires_grad or self.weight.is_inference() or torch.compiler.is_compiling():
+        # A tensor made in inference mode counts no versions: whether it changed cannot be told. torch.compile
+        # cannot follow that question, so it comes last.
+        if torch.compiler.is_compiling() or self.weight.requires_grad or self.weight.is_inference():
             weight = self.weight * self.weight_gain
             return weight, kernel_energy(weight)
         key = (self.weight.data_ptr(), self.weight._version, self.weight.dtype)
