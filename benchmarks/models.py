@@ -11,7 +11,8 @@ precision="bf16", and "levels" how far its picture lies from float32's in the me
 compares with our plain PyTorch backend instead, since the published loop's backward pass is quadratic.
 Contestants take turns within each repeat; figures are medians of wall time, so let nothing else run. Weights
 are random but for kaokore64's. Freed memory is kept, as by the command line, for all contestants. Shares are
-PyTorch's profiler's own times of operators; what the operators leave (Python, and waiting) counts as rest.
+the operators' own times by PyTorch's profiler, of the median of runs without it (it adds some 3 us to each
+operator's call, but little to its own time); what they leave (Python, and waiting) counts as rest.
 """
 
 import argparse
@@ -168,11 +169,12 @@ def with_scan(scan: Callable[..., Tensor], run: Run) -> Run:
     return swapped_run
 
 
-def shares(run: Run) -> dict[str, Any]:
-    """Where the time of a run goes: products and convolutions, the scan, and the rest with its largest."""
+def shares(run: Run, whole: float) -> dict[str, Any]:
+    """Where the `whole` seconds of a run go: products and convolutions, the scan, the rest with its largest."""
     run()
+    whole *= 1e6
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        whole = 1e6 * seconds(run)
+        run()
     products = ("mm", "conv", "linear", "onednn", "mkldnn")
     sums, rest = {"products": 0.0, "scan": 0.0}, {}
     for event in profiler.key_averages():
@@ -231,7 +233,7 @@ def main() -> None:
             figures[f"{contestant}_pictures_per_second"] = batch / taken
             if contestant != "ours":
                 figures[f"{contestant}_over_ours"] = taken / times["ours"]
-        figures |= shares(run)
+        figures |= shares(run, times["ours"])
         report[name] = {"what": what, **figures}
         print(name, what, *(f"{k} {v:.4g}" if isinstance(v, float) else f"({v})" for k, v in figures.items()))
         if arguments.json:
