@@ -1,5 +1,6 @@
 """The bottleneck of the IR-SE networks, with squeeze-and-excitation (ArcFace, Deng et al. 2019)."""
 
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -16,7 +17,9 @@ class SqueezeExcitation(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch channels height width"]:
-        return x * self.fc2(self.relu(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
+        # Convolutions by name, as published, of maps of one position: products, without a convolution's set-up.
+        squeezed = self.relu(F.linear(x.mean((2, 3)), self.fc1.weight.flatten(1)))
+        return x * F.linear(squeezed, self.fc2.weight.flatten(1)).sigmoid()[:, :, None, None]
 
 
 class Bottleneck(nn.Module):
@@ -25,7 +28,7 @@ class Bottleneck(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
         if in_channels == out_channels:
-            self.shortcut = nn.MaxPool2d(1, stride)
+            self.shortcut = nn.Identity() if stride == 1 else nn.MaxPool2d(1, stride)
         else:
             self.shortcut = nn.Sequential(
                 nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),

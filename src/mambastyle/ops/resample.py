@@ -6,12 +6,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 _TAPS = (0.125, 0.375, 0.375, 0.125)
+_FILTER = tuple(tuple(row * column for column in _TAPS) for row in _TAPS)
 
 
 def _filters(image: Tensor, gain: float) -> Float[Tensor, "c 1 4 4"]:
     """One 4 x 4 filter per channel, the outer product of [1, 3, 3, 1] / 8 times `gain`."""
-    taps = torch.tensor(_TAPS, device=image.device, dtype=image.dtype)
-    return (torch.outer(taps, taps) * gain).expand(image.shape[1], 1, 4, 4)
+    # Not cached: a cache would hand out whatever mode made its tensor (fake, meta, inference).
+    kernel = torch.tensor(_FILTER, device=image.device, dtype=image.dtype)
+    return (kernel * gain).expand(image.shape[1], 1, 4, 4)
 
 
 def upsample2(image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h*2 w*2"]:
