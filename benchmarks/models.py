@@ -170,7 +170,7 @@ def with_scan(scan: Callable[..., Tensor], run: Run) -> Run:
 
 
 def shares(run: Run, whole: float) -> dict[str, Any]:
-    """Where the `whole` seconds of a run go: products and convolutions, the scan, the rest with its largest."""
+    """Where the `whole` seconds of a run go: products, the scan, the rest and its largest."""
     run()
     whole *= 1e6
     with profile(activities=[ProfilerActivity.CPU]) as profiler:

@@ -266,7 +266,7 @@ def test_bfloat16_comes_near_and_gives_float32(inverter, tiny_model_folder, face
 def test_its_networks_may_be_compiled(inverter, tiny_model_folder, faces):
     compiled = ms.load(tiny_model_folder, device="cpu", batch_size=2)
     for network in (compiled.model.encoder, compiled.model.fuser, compiled.generator.synthesis):
-        # One graph each: a break, such as a question about inference mode, costs most of what compiling gains.
+        # One graph each: a break, as at a question about inference mode, costs what compiling gains.
         network.compile(backend="aot_eager", fullgraph=True)
     pictures = [
         each.render(each.edit(faces[:2], {"gender": 1.0}), output="tensor") for each in (inverter, compiled)

@@ -51,6 +51,9 @@ def test_one_row_per_checkpoint_and_one_for_held_out_pictures(tmp_path, pack):
     assert first["pictures"] == 160
     assert first["fd_small"] == second["fd_small"]
     assert first["fd_small"] > held_out["fd_small"] >= 0
+    # Noise of 8 bits, tested against noise of 8 bits; an untrained generator draws smooth colours.
+    assert held_out["hatching"] == pytest.approx(1.0, abs=0.1)
+    assert first["hatching"] == second["hatching"] < 0.5
     assert "12 samples" in table.title
     assert "pack, 32 px" in table.title
 

@@ -186,6 +186,23 @@ def test_histogram_distance_of_colours():
     assert metrics.histogram_distance(a, b) == pytest.approx(1.0)
 
 
+def test_hatching_is_the_power_of_fine_diagonal_detail():
+    real = torch.randn(8, 3, 48, 32, generator=torch.Generator().manual_seed(0))
+    assert metrics.hatching(real, real) == pytest.approx(1.0)
+    assert metrics.hatching(2 * real, real) == pytest.approx(4.0)
+    rows, columns = torch.arange(48)[:, None], torch.arange(32)
+    # A sine of 0.4 cycles a pixel both ways is in the corner; along one side alone, or coarser, it is not.
+    diagonal = torch.sin(0.8 * torch.pi * (rows + columns)).expand_as(real)
+    for outside in (
+        torch.sin(0.8 * torch.pi * rows + 0 * columns),
+        torch.sin(0.4 * torch.pi * (rows + columns)),
+    ):
+        assert metrics.hatching(real + outside, real) == pytest.approx(1.0, abs=0.01)
+    assert metrics.hatching(real + diagonal, real) > 2
+    with pytest.raises(ValueError, match="two sets of pictures of one size"):
+        metrics.hatching(real, real[:, :, :16])
+
+
 def test_seam_ratio_of_steps_on_and_off_the_grid():
     ramp = torch.linspace(-1, 1, 32).expand(1, 3, 24, 32)
     flat = torch.zeros(1, 3, 16, 16)

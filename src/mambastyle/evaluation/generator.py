@@ -26,13 +26,15 @@ COLUMNS = {
     "precision": "precision",
     "recall": "recall",
     "fd_small": HEADINGS["fd_small"],
+    "hatching": "hatching",
     "milliseconds": "ms per sample",
 }
 
 _NEIGHBOURS = 3
-_NOTE = (
+_NOTES = (
     "precision, recall: Kynkäänniemi et al. 2019, 3 neighbours, in the features of the row's first distance,"
-    " on as many real pictures as samples."
+    " on as many real pictures as samples.",
+    "hatching: power of the finest diagonal detail, over that of the training pictures; 1 is natural.",
 )
 
 
@@ -66,11 +68,14 @@ def run(
         size = generator.config.resolution
         if table is None:
             columns = {key: heading for key, heading in COLUMNS.items() if judges.measures(key)}
-            table = Table(_title(opened, count, size, truncation_psi, seed), columns, notes=[_NOTE])
+            table = Table(_title(opened, count, size, truncation_psi, seed), columns, notes=list(_NOTES))
             real = from_bytes(opened.select(split="train").load(size, progress=progress))
             held_out = from_bytes(opened.select(split="test").load(size, progress=progress))
             references = judges.pooled(real)
-            row = {"name": f"{len(held_out)} held-out pictures"}
+            row = {
+                "name": f"{len(held_out)} held-out pictures",
+                "hatching": metrics.hatching(held_out, real),
+            }
             table.rows.append(row | _distances(judges, judges.pooled(held_out), references))
         started = time.perf_counter()
         fakes = draw(generator, count, batch, truncation_psi, seed, device, progress)
@@ -78,6 +83,7 @@ def run(
         row = {
             "name": Path(path).stem,
             "pictures": checkpoint.card.get("pictures"),
+            "hatching": metrics.hatching(fakes, real),
             "milliseconds": milliseconds,
         }
         table.rows.append(row | _distances(judges, judges.pooled(fakes), references))

@@ -17,7 +17,7 @@ class SqueezeExcitation(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch channels height width"]:
-        # Convolutions by name, as published, of maps of one position: products, without a convolution's set-up.
+        # Convolutions of one position (by that name they are published): as products they need no set-up.
         squeezed = self.relu(F.linear(x.mean((2, 3)), self.fc1.weight.flatten(1)))
         return x * F.linear(squeezed, self.fc2.weight.flatten(1)).sigmoid()[:, :, None, None]
 
