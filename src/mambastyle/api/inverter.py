@@ -179,6 +179,7 @@ class Inverter:
         self.precision: Precision = check_precision(precision, self.device)
         self.model = freeze(model, self.device)
         self.generator = freeze(generator, self.device)
+        self.generator.synthesis.keep_kernels()
         self.features = features
         self._judge: tuple[str, Judge | None] | None = None
         self._direction_features: Recent[Tensor] = Recent(CACHED_DIRECTIONS)

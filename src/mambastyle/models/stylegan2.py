@@ -193,7 +193,8 @@ class SynthesisLayer(nn.Module):
         self.noise_strength = nn.Parameter(torch.zeros(()))
         self.register_buffer("noise_const", torch.randn(size, size))
         self.weight_gain = 1 / math.sqrt(in_channels * 9)
-        self._frozen: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
+        self.keeps_kernel = False
+        self._kept: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
 
     def forward(
         self,
@@ -219,26 +220,32 @@ class SynthesisLayer(nn.Module):
         return x if self.clamp is None else x.clamp(-self.clamp * gain, self.clamp * gain)
 
     def _weight_and_energy(self) -> tuple[Tensor, Tensor]:
-        """The scaled kernel and its energy per pair of channels; of a frozen layer they are computed once.
-
-        For a 64 px generator they were a fifth of a training step of the inversion. A kernel that doubles the
-        size is kept as its transposed convolution reads it: to turn it was a seventh of rendering a picture.
-        """
+        """The scaled kernel and its energy per pair of channels; kept where `keep_kernels` allows it."""
         # A tensor made in inference mode counts no versions: whether it changed cannot be told. torch.compile
         # cannot follow that question, so it comes last.
-        if torch.compiler.is_compiling() or self.weight.requires_grad or self.weight.is_inference():
+        if (
+            not self.keeps_kernel
+            or torch.compiler.is_compiling()
+            or self.weight.requires_grad
+            or not isinstance(self.weight, nn.Parameter)  # put there for one call, by functional_call
+            or self.weight.is_inference()
+        ):
             weight = self.weight * self.weight_gain
             return weight, kernel_energy(weight)
-        key = (self.weight.data_ptr(), self.weight._version, self.weight.dtype)
-        if self._frozen is None or self._frozen[0] != key:
+        key = (id(self.weight), self.weight.data_ptr(), self.weight._version, self.weight.dtype)
+        if self._kept is None or self._kept[0] != key:
             # Ordinary tensors even if inference mode asks first: a graph may need them later.
             with torch.inference_mode(False), torch.no_grad():
                 weight = self.weight * self.weight_gain
                 if self.up == 2:
                     turned = weight.transpose(0, 1).contiguous(memory_format=self._transposed_layout())
                     weight = turned.transpose(0, 1)
-                self._frozen = (key, weight, kernel_energy(weight))
-        return self._frozen[1:]
+                self._kept = (key, weight, kernel_energy(weight))
+        return self._kept[1:]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy may be trained, averaged into, or sent elsewhere: it keeps nothing until it is told to.
+        return self.__dict__ | {"keeps_kernel": False, "_kept": None}
 
     def _transposed_layout(self) -> torch.memory_format:
         """How PyTorch wants the kernel of a transposed convolution of one channels-last picture on a CPU.
@@ -329,6 +336,20 @@ class SynthesisNetwork(nn.Module):
         if image is None:
             raise AssertionError("the last block always renders")
         return image
+
+    def keep_kernels(self) -> "SynthesisNetwork":
+        """Keep what rendering derives from the weights (scaled and turned kernels), for a frozen network.
+
+        That is a fifth of a training step of the inversion at 64 px, and a seventh of rendering a picture.
+        Weights that are trained, replaced, moved, loaded or changed in place are noticed. Only what is written
+        through `.data`, which PyTorch does not count, asks for a network that keeps nothing, as a new one, or
+        a copy, does.
+        """
+        for block in cast("Iterable[SynthesisBlock]", self.blocks):
+            for layer in (block.conv0, block.conv1):
+                if layer is not None:
+                    layer.keeps_kernel = True
+        return self
 
     def features_at(
         self,

@@ -194,6 +194,7 @@ class InversionTask:
         # Where the feature enters is MambaStyle's choice.
         layer = config.model.feature_layer if config.model.feature else 0
         self.generator = channels_last(Generator.from_checkpoint(source, layer), device)
+        self.generator.synthesis.keep_kernels()
         check_match(config.model, self.generator.config)
         self.model = channels_last(MambaStyle(config.model), device)
         if config.start is not None:

@@ -43,6 +43,7 @@ def text_direction(
         raise ValueError(f"expected the method optimise or global, got {method!r}")
     checkpoint = checkpoints.load(find_files(model)[0], kind="stylegan2")
     generator = Generator.from_checkpoint(checkpoint).to(device)
+    generator.synthesis.keep_kernels()
     network = Clip(clip).to(device)
     offset = text_latents.text_offset(network.text, text, neutral)
     name = name or "-".join(text.split())
