@@ -100,6 +100,26 @@ def test_a_second_derivative_is_refused_with_the_remedy():
         gradient.square().sum().backward()
 
 
+# PyTorch's own jvp still scripts its decompositions.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_forward_mode_takes_the_reference_or_is_refused():
+    tensors = make_tensors(requires_grad=False)
+    tangents = [torch.randn_like(x) for x in tensors]
+
+    def auto(u, delta, A, B, C, D, delta_bias):
+        return selective_scan(u, delta, A, B, C, D, delta_bias=delta_bias, delta_softplus=True)
+
+    y, pushed = torch.func.jvp(auto, tuple(tensors), tuple(tangents))
+    # <g, J v> is <J^T g, v>, whose gradients the kernels have.
+    for x in tensors:
+        x.requires_grad_()
+    gradients = torch.autograd.grad(auto(*tensors), tensors, y)
+    expected = sum((gradient * tangent).sum() for gradient, tangent in zip(gradients, tangents, strict=True))
+    torch.testing.assert_close((y * pushed).sum(), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(scan, tuple(x.detach() for x in tensors), tuple(tangents))
+
+
 def test_without_gradients_no_states_are_kept(monkeypatch):
     from mambastyle.ops.selective_scan import cpu_numba
 

@@ -196,6 +196,22 @@ def test_a_second_derivative_is_refused_with_the_remedy():
         gradient.square().sum().backward()
 
 
+# PyTorch's own jvp still scripts its decompositions.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_forward_mode_takes_the_reference_or_is_refused():
+    inputs = tuple(x.detach() for x in make_inputs(dtype=torch.float32))
+    tangents = tuple(torch.randn_like(x) for x in inputs)
+    y, pushed = torch.func.jvp(lambda *x: ss2d_scan(*x, cross_paths(3, 4)), inputs, tangents)
+    doubles, directions = ([x.double() for x in each] for each in (inputs, tangents))
+    _, expected = torch.func.jvp(
+        lambda *x: ss2d_scan(*x, cross_paths(3, 4)), tuple(doubles), tuple(directions)
+    )
+    torch.testing.assert_close(pushed.double(), expected, rtol=1e-4, atol=1e-4)
+    assert pushed.abs().max() > 0.1
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(scan_a_grid, inputs, tangents)
+
+
 def test_what_does_not_fit_says_why():
     inputs = make_inputs(dtype=torch.float32)
     with pytest.raises(ValueError, match="positions from 0 to 11: got 0 to 12"):

@@ -8,6 +8,7 @@ itself imported only by the kernels.
 # Triton compiles these functions from source: their arguments have no annotations.
 # pyright: basic, reportMissingParameterType=false, reportInvalidTypeForm=false
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -38,6 +39,13 @@ def unavailable() -> str | None:
         "PyTorch finds no CUDA GPU (torch.cuda.is_available() is False); move to a machine with one and a "
         "CUDA build of torch, or set TRITON_INTERPRET=1 to run the kernels, very slowly, on the CPU"
     )
+
+
+def on_device_of(x: torch.Tensor) -> AbstractContextManager[Any]:
+    """Where a kernel on this tensor is to be launched: Triton launches on the current device, wherever its
+    tensors lie, and PyTorch sets that one only where autograd calls an op.
+    """
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def block_channels(channels: int, others: int, least: int = 4) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from mambastyle.ops.selective_scan import reference
@@ -97,10 +98,10 @@ def scan_backend(backend: str = "auto", *tensors: Tensor) -> str:
     Without tensors the answer is the one for float32 on the CPU.
 
     "auto" is `triton` for tensors on a CUDA (or ROCm) device and `numba` for those on the CPU, wherever the
-    package can be imported and none is float64, and else `reference`.
+    package can be imported, none is float64 and none carries a forward-mode tangent, and else `reference`.
 
-    Raises ValueError or TypeError, with the reason and the remedy, if a named backend cannot run on the
-    tensors.
+    Raises ValueError, TypeError or NotImplementedError, with the reason and the remedy, if a named backend
+    cannot run on the tensors.
     """
     if backend == "auto":
         device = tensors[0].device.type if tensors else "cpu"
@@ -137,6 +138,11 @@ def _misfit(backend: str, tensors: tuple[Tensor, ...]) -> Exception | None:
                 f"backend {backend!r} computes in float32: got float64; "
                 "use backend='reference' or convert the inputs"
             )
+    # The kernels' outputs would have no tangent, which forward mode takes for zero.
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        return NotImplementedError(
+            f"backend {backend!r} has no forward-mode derivative: use backend='auto' or 'reference'"
+        )
     return None
 
 

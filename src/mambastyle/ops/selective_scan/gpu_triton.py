@@ -209,11 +209,12 @@ def scan_op(
     grid, sizes, constants = _sizes(u, A, B, D)
     # What is absent is never read: the kernel is compiled without it.
     D_given, bias_given = (A if x is None else x.contiguous() for x in (D, delta_bias))
-    _forward[grid](
-        u, delta, A, B, C, D_given, bias_given, y, last, starts, *sizes, **constants,
-        HAS_D=D is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus,
-        KEEP_STARTS=keep_starts,
-    )  # fmt: skip
+    with gpu_tiles.on_device_of(u):
+        _forward[grid](
+            u, delta, A, B, C, D_given, bias_given, y, last, starts, *sizes, **constants,
+            HAS_D=D is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus,
+            KEEP_STARTS=keep_starts,
+        )  # fmt: skip
     return y, last, starts
 
 
@@ -243,11 +244,12 @@ def scan_backward_op(
     grad_A, grad_D, grad_bias = empty(batch, channels, state), empty(batch, channels), empty(batch, channels)
     grad_B, grad_C = (empty(batch, groups, grid[1], state, length) for _ in range(2))
     D_given, bias_given = (A if x is None else x.contiguous() for x in (D, delta_bias))
-    _backward[grid](
-        grad_y, grad_last, u, delta, A, B, C, D_given, bias_given, starts,
-        grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias, *sizes, **constants,
-        HAS_D=D is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus,
-    )  # fmt: skip
+    with gpu_tiles.on_device_of(grad_y):
+        _backward[grid](
+            grad_y, grad_last, u, delta, A, B, C, D_given, bias_given, starts,
+            grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias, *sizes, **constants,
+            HAS_D=D is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus,
+        )  # fmt: skip
     return (
         grad_u,
         grad_delta,

@@ -242,10 +242,11 @@ def _merged(
     block = min(triton.next_power_of_2(width), 64)
     many = max(1, 512 // block)
     grid = (batch * -(-targets // many), -(-width // block))
-    _merge[grid](
-        values, order, first, target, rows, targets, width, paths,
-        TARGETS=many, WIDTH=block, num_warps=4,
-    )  # fmt: skip
+    with gpu_tiles.on_device_of(values):
+        _merge[grid](
+            values, order, first, target, rows, targets, width, paths,
+            TARGETS=many, WIDTH=block, num_warps=4,
+        )  # fmt: skip
     return target
 
 
@@ -299,7 +300,8 @@ def scan_op(
     dt, B, C = (operator.with_entries_together(x) for x in (dt, B, C))
     grid, sizes, constants = _sizes(u, dt, B, C, parameters)
     y = u.new_empty(batch, len(read) * length, channels, dtype=torch.float32)
-    _forward[grid](u, dt, B, C, parameters, read, y, starts, *sizes, **constants, KEEP_STARTS=keep_starts)
+    with gpu_tiles.on_device_of(u):
+        _forward[grid](u, dt, B, C, parameters, read, y, starts, *sizes, **constants, KEEP_STARTS=keep_starts)
     order, first = _by_target(write)
     return _merged(y, order, first, length, u.dtype, paths=len(write)), starts
 
@@ -329,10 +331,11 @@ def scan_backward_op(
     grad_u = empty(batch, paths * length, channels)
     grad_dt, grad_B, grad_C = (empty(batch, paths, grid[1], length, x.shape[3]) for x in (dt, B, C))
     grad_parameters = parameters.new_zeros(batch, *parameters.shape[1:])
-    _backward[grid](
-        grad_y, u, dt, B, C, parameters, read, write, starts,
-        grad_u, grad_dt, grad_B, grad_C, grad_parameters, *sizes, **constants,
-    )  # fmt: skip
+    with gpu_tiles.on_device_of(grad_y):
+        _backward[grid](
+            grad_y, u, dt, B, C, parameters, read, write, starts,
+            grad_u, grad_dt, grad_B, grad_C, grad_parameters, *sizes, **constants,
+        )  # fmt: skip
     order, first = _by_target(read)
 
     def at_positions(x: Tensor, like: Tensor) -> Tensor:
