@@ -10,7 +10,7 @@ from tests.training.test_inversion import files, run_config
 from tests.training.test_loop import Regression, config, weights
 
 from mambastyle.training.inversion import InversionTask
-from mambastyle.training.loop import train
+from mambastyle.training.loop import find_checkpoints, train
 
 __all__ = ["files"]  # a fixture
 
@@ -21,6 +21,9 @@ def run_both(folder: Path, generator: Path) -> None:
     Not its weights: some gradients are zero but for rounding, and Adam takes their signs.
     """
     train(config(folder, steps=5), Regression)
+    # A signal that reaches one process alone ends them all, and what they did is kept.
+    first = int(os.environ.get("RANK", 0)) == 0
+    train(config(folder, name="stopped"), lambda device: Regression(device, stop_at=5 if first else None))
     tasks = []
 
     def make(device):
@@ -54,6 +57,7 @@ def test_two_processes_equal_one(tmp_path, files):
     assert len((two / "run" / "log.jsonl").read_text().splitlines()) == 1
     for name, value in weights(one / "run").items():
         torch.testing.assert_close(value, weights(two / "run")[name])
+    assert [path.name for path in find_checkpoints(two / "stopped")][-1] == "step-00000006"
     expected, found = (torch.load(folder / "gradients.pt", weights_only=True) for folder in (one, two))
     # Sums of the batch in another order, amplified where gradients cancel in front of a batch norm: 2e-4 of
     # the largest gradient at worst, 1e-7 for most. With norms of their own it is 0.5 and 0.01.

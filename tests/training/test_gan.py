@@ -174,3 +174,18 @@ def test_the_probability_follows_the_overfitting_heuristic():
     for _ in range(20):
         probability.update(1.0, 100)
     assert probability.value == 0.8
+
+
+def test_a_gan_does_not_accumulate(tmp_path):
+    model = {"resolution": 32, "z_dim": 8, "w_dim": 8, "widths": [8, 8, 8, 8], "feature_layer": 5}
+    settings = GANConfig(
+        name="gan",
+        output=str(tmp_path),
+        steps=1,
+        batch=8,
+        accumulate=2,
+        model=model,
+        data={"pack": "none.zip"},
+    )
+    with pytest.raises(ValueError, match="cannot accumulate"):
+        run(settings)

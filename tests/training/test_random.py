@@ -38,3 +38,11 @@ def test_an_epoch_shows_every_picture_once():
 def test_a_batch_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="batch 5 does not divide over 2"):
         StepRandom(0, 0, batch=5, shards=2)
+
+
+def test_a_share_that_comes_to_no_picture_is_refused():
+    assert StepRandom(0, 0, 16).part(0.5, 16, "real_share") == 8
+    assert StepRandom(0, 0, 16).part(0.0, 16, "real_share") == 0
+    assert StepRandom(0, 0, 16).part(0.5, 0, "edit_share") == 0
+    with pytest.raises(ValueError, match=r"edit_share 0.5 is less than one of 1 pictures, in each of 8 proc"):
+        StepRandom(0, 0, 16, 3, 8).part(0.5, 1, "edit_share")

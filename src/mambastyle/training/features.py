@@ -7,6 +7,7 @@ are drawn by the size of their class to the power of -1/2, and the rest is a log
 2020, arXiv:2007.07314), so that the logits assume equally likely labels.
 """
 
+import dataclasses
 import json
 import logging
 import math
@@ -192,7 +193,8 @@ class FeaturesTask:
 
     def terms(self, random: StepRandom) -> Terms:
         """Named, unweighted terms: one per head and two of the teacher."""
-        draws = random.stream("pictures")
+        # On the CPU, where the pictures and their weights are.
+        draws = dataclasses.replace(random, device=torch.device("cpu")).stream("pictures")
         chosen = torch.multinomial(self.draw_weights, random.local_batch, replacement=True, generator=draws)
         images = from_bytes(self.pictures.images[chosen].to(random.device))
         images = distort(images, random.stream("distort")).contiguous(memory_format=torch.channels_last)

@@ -334,7 +334,7 @@ class GANTask:
         self, encoder: LatentEncoder, pictures: Tensor, ws: Tensor, random: StepRandom
     ) -> Float[Tensor, "b num_ws w_dim"]:
         """Put the latents of the first pictures in the place of drawn ones."""
-        count = round(len(pictures) * self.config.reconstruction.share)
+        count = random.part(self.config.reconstruction.share, len(pictures), "reconstruction.share")
         found = encoder(pictures[:count])
         self.generator_terms["divergence"] = found.divergence()
         z = found.sample(random.normal("z of pictures", self.config.model.z_dim)[:count])
@@ -445,4 +445,7 @@ def run(config: GANConfig) -> Path:
     """Train (or go on training) the GAN of this run file; returns the run's folder."""
     if config.batch < 2 or not math.isfinite(config.learning_rate):
         raise ValueError(f"expected a batch of at least 2, got {config.batch}")
+    if config.accumulate > 1:
+        # The generator's turn goes on with the graph of the pictures that the discriminators' turn drew.
+        raise ValueError("a GAN cannot accumulate gradients: leave accumulate at 1, and take a smaller batch")
     return train(config, lambda device: GANTask(config, device))

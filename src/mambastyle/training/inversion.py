@@ -238,10 +238,12 @@ class InversionTask:
     def pairs(self, random: StepRandom) -> Pairs:
         """Draw pictures and directions. All randomness comes from `random`."""
         batch = random.local_batch
-        real = round(batch * self.config.real_share)
+        real = random.part(self.config.real_share, batch, "real_share")
         ws = self.sample_ws(random)
         direction = self.sample_directions(random, ws)
-        edits = torch.cat([self._share(0, real), self._share(real, batch)])
+        # The first of each kind; the pictures come in random order.
+        known, drawn = (random.part(self.config.edit_share, n, "edit_share") for n in (real, batch - real))
+        edits = torch.cat([torch.arange(known), torch.arange(real, real + drawn)]).to(self.device)
         with torch.no_grad():
             image = self.render(ws[real:]).clamp(-1, 1)
             edited = None
@@ -522,10 +524,6 @@ class InversionTask:
                 f"({model.num_ws}, {model.w_dim}): discover them in the generator of this run"
             )
         return offsets.to(self.device)
-
-    def _share(self, start: int, stop: int) -> Tensor:
-        """The first `edit_share` of the positions start .. stop; the pictures come in random order."""
-        return torch.arange(start, start + round((stop - start) * self.config.edit_share), device=self.device)
 
     def _any(self, *names: str) -> bool:
         return any(self.weights[name] for name in names)

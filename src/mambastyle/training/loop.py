@@ -143,7 +143,7 @@ def train(config: RunConfig, make_task: Callable[[torch.device], Task]) -> Path:
                 done += 1
                 bar.update()
                 finished = step + 1
-                ends = stop.requested or finished == config.steps
+                ends = _any_process(stop.requested, accelerator) or finished == config.steps
                 if accelerator.is_main_process:
                     if finished % config.log_every == 0 or ends:
                         line = log.flush() | {"step": finished, "pictures": finished * config.batch}
@@ -214,6 +214,13 @@ def process_mean(value: Tensor) -> Tensor:
     total = value.clone()
     torch.distributed.all_reduce(total)
     return total / torch.distributed.get_world_size()
+
+
+def _any_process(value: bool, accelerator: Accelerator) -> bool:
+    """Whether it holds in any process of this run: clocks differ, and a signal may reach only one."""
+    if accelerator.num_processes == 1:
+        return value
+    return bool(process_mean(torch.tensor(float(value), device=accelerator.device)) > 0)
 
 
 def _average(module: nn.Module, decay: float) -> AveragedModel:

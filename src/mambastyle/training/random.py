@@ -32,6 +32,16 @@ class StepRandom:
     def local_batch(self) -> int:
         return self.batch // self.shards
 
+    def part(self, share: float, of: int, name: str) -> int:
+        """How many of `of` local pictures a share is; ValueError where a share above 0 rounds to none."""
+        count = round(share * of)
+        if share > 0 and of and not count:
+            raise ValueError(
+                f"{name} {share:g} is less than one of {of} pictures, in each of {self.shards} processes and "
+                f"accumulated parts of a batch of {self.batch}: raise batch, or take fewer of them"
+            )
+        return count
+
     def stream(self, name: str, *, local: bool = True) -> torch.Generator:
         """A generator of its own for `name`; local: another one in each shard."""
         key = f"{self.seed}:{self.step}:{name}:{self.shard if local else ''}"
