@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import gc
 import json
 import os
@@ -25,7 +26,7 @@ from mambastyle.jobs import pipeline
 from mambastyle.jobs.engines import Target, run_here, run_on_ray
 from mambastyle.jobs.items import Item, Shard, find_items
 from mambastyle.jobs.manifest import JobError, Line, Manifest
-from mambastyle.jobs.sinks import FolderSink
+from mambastyle.jobs.sinks import FolderSink, TarSink
 from mambastyle.jobs.work import EditJob, StylizeJob
 
 ROOT = Path(__file__).parents[2]
@@ -284,6 +285,26 @@ def test_a_mistake_of_ours_ends_the_job_and_keeps_what_is_done(texts, tmp_path):
 
     with pytest.raises(WriteError, match="No space left"):
         pipeline.run(texts, Counting(), FolderSink(tmp_path / "out", "x"), full)
+
+
+def test_samples_of_a_tar_that_cannot_be_finished_have_failed(texts, tmp_path, monkeypatch):
+    add, added, noted = tarfile.TarFile.addfile, [], []
+
+    def full_at_the_sixth(self, info, file):
+        added.append(info.name)
+        if len(added) == 6:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        add(self, info, file)
+
+    monkeypatch.setattr(tarfile.TarFile, "addfile", full_at_the_sixth)
+    pipeline.run(texts[:12], Counting(), TarSink(tmp_path / "out", "part", 0, 8), noted.extend)
+    failed = {line.key for line in noted if line.error}
+    assert failed == {str(index) for index in range(6)}
+    assert all("No space left" in line.error for line in noted if line.error)
+    kept = {line.key for line in noted if not line.error}
+    assert kept == {str(index) for index in range(6, 12)}
+    with tarfile.open(tmp_path / "out" / "part-000000.tar") as archive:
+        assert archive.getnames() == [f"item{index}.txt" for index in range(6, 12)]
 
 
 def test_a_tar_that_is_none_costs_itself_alone(tmp_path, photos):

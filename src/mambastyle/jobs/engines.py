@@ -172,4 +172,4 @@ def _begin(manifest: Manifest, items: Sequence[Item], target: Target, shard: Sha
 
 def _report(manifest: Manifest, todo: Sequence[Item], before: int) -> Report:
     failed = {item.key: manifest.failed[item.key] for item in todo if item.key in manifest.failed}
-    return Report(len(todo) - len(failed), before, failed)
+    return Report(sum(item.key in manifest.done for item in todo), before, failed)

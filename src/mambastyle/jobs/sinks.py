@@ -1,5 +1,6 @@
 """Where outputs go: single files, or webdataset tars. What `put` and `close` give back is on the disk."""
 
+import contextlib
 import io
 import os
 import re
@@ -17,7 +18,7 @@ class Sink(Protocol):
     """Takes the outputs of items, one after the other."""
 
     def put(self, item: Item, outputs: Mapping[str, bytes]) -> list[Line]:
-        """Take an item's outputs by suffix; what is on the disk since the last call."""
+        """Take an item's outputs by suffix; what is on the disk since the last call, or is lost."""
         ...
 
     def close(self) -> list[Line]:
@@ -64,8 +65,7 @@ class TarSink:
                 info.size, info.mode = len(data), 0o644
                 archive.addfile(info, io.BytesIO(data))
         except OSError as error:
-            self._discard()
-            raise write_error(self.path, error) from error
+            return self._give_up(error, item.key)
         self._keys.append(item.key)
         return self.close() if len(self._keys) >= self.per_tar else []
 
@@ -80,8 +80,7 @@ class TarSink:
             self._file.close()
             os.replace(self.part, self.path)
         except OSError as error:
-            self._discard()
-            raise write_error(self.path, error) from error
+            return self._give_up(error)
         sync_folder(self.folder)
         lines = [Line(key, (self.path.name,)) for key in self._keys]
         self._archive, self._file, self._keys = None, None, []
@@ -103,12 +102,17 @@ class TarSink:
         self._archive = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
         return self._archive
 
-    def _discard(self) -> None:
-        """Give up the open tar: none of its samples counts."""
+    def _give_up(self, error: OSError, *more: str) -> list[Line]:
+        """Drop the open tar: all of its samples failed, and those of `more`."""
+        reason = " ".join(str(write_error(self.path, error)).split())
+        lines = [Line(key, error=reason) for key in (*self._keys, *more)]
         if self._file is not None:
-            self._file.close()
+            # What could not be written is still in its buffer, and cannot be written now either.
+            with contextlib.suppress(OSError):
+                self._file.close()
         self.part.unlink(missing_ok=True)
         self._archive, self._file, self._keys = None, None, []
+        return lines
 
 
 def adopt_tars(manifest: Manifest, items: Sequence[Item]) -> None:
