@@ -1,13 +1,16 @@
 """Picture packs: zip and folder, labels, cache, errors."""
 
 import io
+import os
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from mambastyle.data import packs
 from mambastyle.data.packs import from_bytes, open_pack, to_bytes
 
 
@@ -55,6 +58,51 @@ def test_the_second_reading_comes_from_the_cache(pack, tmp_path):
     # Another selection or size is another file, and a damaged shape is read anew.
     np.save(files[0], np.zeros((1, 3, 8, 8), np.uint8))
     assert torch.equal(open_pack(pack).load(8, progress=False), first)
+
+
+def test_a_picture_that_changes_in_a_folder_is_read_anew(pack, tmp_path):
+    folder = tmp_path / "folder"
+    with zipfile.ZipFile(pack) as archive:
+        archive.extractall(folder)
+    before = folder.stat().st_mtime_ns
+    assert open_pack(folder).load(8, progress=False)[0, :, 4, 4].tolist() == [255, 0, 0]
+    Image.new("RGB", (20, 12), (0, 255, 0)).save(folder / "a.png")
+    os.utime(folder, ns=(before, before))
+    assert open_pack(folder).load(8, progress=False)[0, :, 4, 4].tolist() == [0, 255, 0]
+
+
+@pytest.mark.parametrize("name", ["../outside.png", "{absolute}", "link.png"])
+def test_a_folder_gives_no_file_from_elsewhere(tmp_path, name):
+    folder, outside = tmp_path / "folder", tmp_path / "outside.png"
+    Image.new("RGB", (4, 4)).save(outside)
+    folder.mkdir()
+    (folder / "link.png").symlink_to(outside)
+    (folder / "labels.csv").write_text(f"file\n{name.format(absolute=outside)}\n")
+    with pytest.raises(ValueError, match="lies outside of the pack"):
+        list(open_pack(folder).read())
+
+
+def test_a_small_zip_of_a_huge_file_is_refused_unread(tmp_path, monkeypatch):
+    monkeypatch.setattr(packs, "MOST_BYTES", 1000)
+    path = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("labels.csv", "file\na.png\n")
+        archive.writestr("a.png", bytes(100_000))
+    monkeypatch.setattr(zipfile.ZipFile, "open", _only("labels.csv"))
+    with pytest.raises(ValueError, match=r"a\.png has 100,000 bytes"):
+        list(open_pack(path).read())
+    with pytest.raises(ValueError, match=r"has no b\.png"):
+        list(replace(open_pack(path), rows=({"file": "b.png"},)).read())
+
+
+def _only(allowed: str):
+    opened = zipfile.ZipFile.open
+
+    def open_member(self, name, *arguments, **options):
+        assert getattr(name, "filename", name) == allowed
+        return opened(self, name, *arguments, **options)
+
+    return open_member
 
 
 def test_errors_name_the_remedy(pack, tmp_path):

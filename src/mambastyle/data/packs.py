@@ -6,7 +6,9 @@ import io
 import logging
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,9 @@ from mambastyle import images
 from mambastyle.checkpoints import nearest
 
 logger = logging.getLogger(__name__)
+
+MOST_BYTES = 1 << 28
+"""Of a file in a pack, unpacked."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +57,10 @@ class Pack:
         return torch.tensor([numbers[row[column]] for row in self.rows])
 
     def read(self) -> Iterator[tuple[dict[str, str], bytes]]:
-        """Each row with the bytes of its picture."""
-        if self.path.is_dir():
+        """Each row with the bytes of its picture; ValueError for one outside the pack, or too large."""
+        with reader_of(self.path) as read:
             for row in self.rows:
-                yield row, (self.path / row["file"]).read_bytes()
-            return
-        with zipfile.ZipFile(self.path) as archive:
-            for row in self.rows:
-                yield row, archive.read(row["file"])
+                yield row, read(row["file"])
 
     def load(
         self, size: int, *, crop: Callable[[Image.Image], Image.Image] | None = None, progress: bool = True
@@ -88,11 +89,12 @@ class Pack:
         return out
 
     def _cache_file(self, size: int) -> Path:
-        """Where these pictures at this size are kept: named by the pack, its time stamp and the rows."""
-        stat = self.path.stat()
-        key = (
-            f"{self.path.resolve()}:{stat.st_mtime_ns}:{stat.st_size}:{size}:{[r['file'] for r in self.rows]}"
-        )
+        """Where these pictures at this size are kept: named by the pack, its time stamps and the rows."""
+        names = [row["file"] for row in self.rows]
+        # A folder's own time stamp does not change with a picture in it.
+        files = [self.path / name for name in names] if self.path.is_dir() else [self.path]
+        stamps = [(stat.st_mtime_ns, stat.st_size) for stat in map(os.stat, files)]
+        key = f"{self.path.resolve()}:{stamps}:{size}:{names}"
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
         return root / "mambastyle" / "packs" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
 
@@ -100,13 +102,9 @@ class Pack:
 def open_pack(path: str | os.PathLike[str]) -> Pack:
     """Open a zip or folder with a labels.csv; ValueError that names what is missing."""
     path = Path(path).expanduser()
-    if path.is_dir() and (path / "labels.csv").is_file():
-        text = (path / "labels.csv").read_text(encoding="utf-8")
-    elif path.is_file() and zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if "labels.csv" not in archive.namelist():
-                raise ValueError(f"{path} has no labels.csv: expected columns file and any labels")
-            text = archive.read("labels.csv").decode("utf-8")
+    if (path / "labels.csv").is_file() or (path.is_file() and zipfile.is_zipfile(path)):
+        with reader_of(path) as read:
+            text = read("labels.csv").decode("utf-8")
     else:
         near = nearest(path.name, [p.name for p in path.parent.glob("*")]) if path.parent.is_dir() else None
         hint = f" (is it {near}?)" if near else ""
@@ -115,6 +113,47 @@ def open_pack(path: str | os.PathLike[str]) -> Pack:
     if not rows or "file" not in rows[0]:
         raise ValueError(f"{path}: labels.csv has no rows, or no column named file")
     return Pack(path, rows)
+
+
+@contextmanager
+def reader_of(path: Path) -> Iterator[Callable[[str], bytes]]:
+    """What reads a file of a pack, zip or folder, by its name in there.
+
+    A pack may come from a stranger: ValueError for a name that leads out of it or is not in it, and for a
+    file of more than 256 MiB, which a zip of some kilobytes can hold.
+    """
+    if path.is_dir():
+        root = path.resolve()
+
+        def read(name: str) -> bytes:
+            file = (root / name).resolve()
+            if not file.is_relative_to(root):
+                raise ValueError(f"{path}: {name} lies outside of the pack: list files of its own folder")
+            try:
+                _check_size(path, name, file.stat().st_size)
+                return file.read_bytes()
+            except OSError as error:
+                raise ValueError(f"{path}: cannot read {name} ({error.strerror or error})") from error
+
+        yield read
+        return
+    with zipfile.ZipFile(path) as archive:
+
+        def read(name: str) -> bytes:
+            try:
+                _check_size(path, name, archive.getinfo(name).file_size)
+                return archive.read(name)
+            except KeyError:
+                raise ValueError(f"{path} has no {name}") from None
+            except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
+                raise ValueError(f"{path}: cannot read {name} ({error})") from error
+
+        yield read
+
+
+def _check_size(path: Path, name: str, size: int) -> None:
+    if size > MOST_BYTES:
+        raise ValueError(f"{path}: {name} has {size:,} bytes, more than a picture may ({MOST_BYTES:,})")
 
 
 def _write_cache(path: Path, values: np.ndarray) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mambastyle import images, published
 from mambastyle.api import Stylizer, load_stylizer
-from mambastyle.data.packs import from_bytes, to_bytes
+from mambastyle.data.packs import from_bytes, reader_of, to_bytes
 from mambastyle.evaluation import metrics
 from mambastyle.evaluation.judges import Judges
 from mambastyle.evaluation.memory import peak_memory
@@ -104,13 +104,13 @@ def load_pairs(path: str | Path, *, size: int = 512, count: int | None = None, s
     styles of Mamba-ST's pairs); one block less over the whole side, and their borders fall everywhere alike.
     """
     path = Path(path)
-    if path.is_dir():
-        read = _reader(lambda name: (path / name).read_bytes())
-    elif zipfile.is_zipfile(path):
-        archive = zipfile.ZipFile(path)
-        read = _reader(archive.read)
-    else:
+    if not (path.is_dir() or (path.is_file() and zipfile.is_zipfile(path))):
         raise ValueError(f"no pairs at {path}: expected a zip or a folder with pairs.csv")
+    with reader_of(path) as read:
+        return _load_pairs(path, read, size, count, seed)
+
+
+def _load_pairs(path: Path, read: Callable[[str], bytes], size: int, count: int | None, seed: int) -> Pairs:
     rows = list(csv.DictReader(io.StringIO(read("pairs.csv").decode())))
     if not rows or not {"content", "style"} <= rows[0].keys():
         raise ValueError(f"{path}: pairs.csv has no rows with the columns content and style")
@@ -314,18 +314,6 @@ class _Judged:
 
 def _without_border(square: Tensor) -> Tensor:
     return square[:, BORDER:-BORDER, BORDER:-BORDER] if square.shape[1] >= 64 else square
-
-
-def _reader(read: Callable[[str], bytes]) -> Callable[[str], bytes]:
-    def checked(name: str) -> bytes:
-        try:
-            return read(name)
-        except (KeyError, OSError) as error:
-            raise ValueError(
-                f"the pairs lack {name}: expected pairs.csv and the pictures it names"
-            ) from error
-
-    return checked
 
 
 _NOTES: Sequence[str] = (
