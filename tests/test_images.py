@@ -4,6 +4,7 @@ import io
 import struct
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -328,3 +329,19 @@ def test_a_picture_in_the_bars_of_its_frame_comes_back():
         images.crop_middle(torch.zeros(3, 8, 8), 9, 4)
     with pytest.raises(ValueError, match="cannot pad 8 x 8 to 9 x 4"):
         images.pad_middle(torch.zeros(3, 8, 8), 9, 4)
+
+
+def test_reading_in_threads_leaves_the_process_its_warnings():
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(buffer, "JPEG")
+    transparent = io.BytesIO()
+    Image.new("RGBA", (64, 64)).save(transparent, "PNG")
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(images.read, [buffer.getvalue()] * 300))
+    assert list(warnings.filters) == before
+    # Pillow's own are passed over, ours and the caller's are not.
+    with images._quiet_pillow, pytest.warns(images.ImageWarning):
+        images.read(transparent.getvalue())
+    with images._quiet_pillow, pytest.warns(UserWarning, match="the caller's"):
+        warnings.warn("the caller's", stacklevel=1)

@@ -10,6 +10,7 @@ import io
 import math
 import os
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Iterable, Sequence
@@ -44,6 +45,34 @@ class ImageError(ValueError):
 class ImageWarning(UserWarning):
     """A picture that was read, but not as it stood: transparency composited, a tiny picture enlarged."""
 
+
+class _QuietPillow:
+    """Pillow warns of odd metadata and of large pictures below its limit; neither concerns the caller.
+
+    `warnings.catch_warnings` belongs to the process: two threads that each restore what they found can leave
+    everything ignored for good. So the first that comes in sets the filter and the last that leaves takes it
+    back, and it ignores Pillow's warnings alone.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\b")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._filters.__exit__(None, None, None)
+
+
+_quiet_pillow = _QuietPillow()
 
 Background = Literal["white", "black"]
 
@@ -349,9 +378,7 @@ def _read_bytes(path: Path) -> bytes:
 def _decode(data: bytes, name: str, at_least: int | None, background: Background) -> Tensor:
     if not data:
         raise ImageError(f"{name} is empty (0 bytes): copy or download it again")
-    with warnings.catch_warnings():
-        # Pillow warns of odd metadata and of large pictures below its limit; neither concerns the caller.
-        warnings.simplefilter("ignore")
+    with _quiet_pillow:
         try:
             picture = Image.open(io.BytesIO(data), formats=_FORMATS)
         except UnidentifiedImageError as error:
@@ -399,8 +426,7 @@ def _from_pil(picture: Image.Image, name: str, at_least: int | None, background:
 
 
 def _upright(picture: Image.Image) -> Image.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet_pillow:
         try:
             return ImageOps.exif_transpose(picture)
         except _DECODING_ERRORS:
