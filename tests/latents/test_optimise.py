@@ -86,6 +86,14 @@ def test_a_feature_is_optimised_through_what_is_fused(generator):
         return reconstruction.l2(rendered, image)
 
     assert distance(found) < 0.7 * distance(start)
+    # Steps are in proportion to a picture's own feature: beside one a hundred times as large it is the same.
+    beside = Inversion(start.ws[:1].repeat(2, 1, 1), torch.cat([start.feature[:1], 100 * start.feature[:1]]))
+    single = Inversion(start.ws[:1], start.feature[:1])
+    both, alone = (
+        optimise_latents(generator, part, each, settings, judge=None)
+        for part, each in ((image[:1].repeat(2, 1, 1, 1), beside), (image[:1], single))
+    )
+    torch.testing.assert_close(both.feature[:1], alone.feature, rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="set the space to w"):
         optimise_latents(generator, image, start, Projection(space="w"), judge=None)
 

@@ -137,23 +137,25 @@ def optimise_latents(
         target = _Target.of(image, judge, settings.perceptual_weight)
         rows = start.ws.mean(1, keepdim=True) if settings.space == "w" else start.ws
         rows = rows.detach().clone().requires_grad_()
-        groups: list[dict] = [{"params": [rows], "scale": 1.0}]
-        feature = None
+        searched, feature, unit = [rows], None, torch.ones((), device=rows.device)
         if start.feature is not None:
-            feature = start.feature.detach().clone()
-            groups.append({"params": [feature], "scale": float(feature.square().mean().sqrt())})
-            feature.requires_grad_()
-        optimizer = torch.optim.Adam(groups, lr=settings.learning_rate)
+            # In units of its own size, which Adam's steps are then a part of, picture by picture.
+            unit = start.feature.detach().square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-8)
+            feature = (start.feature.detach() / unit).requires_grad_()
+            searched.append(feature)
+        optimizer = torch.optim.Adam(searched, lr=settings.learning_rate)
         for step in range(settings.steps):
             for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate_at(step) * group["scale"]
+                group["lr"] = settings.learning_rate_at(step)
             noisy = rows
             if scale := settings.noise_at(step) * distance:
                 # The same for every picture, so that its neighbours do not matter.
                 noise = torch.randn(rows.shape[1:], generator=stream).to(rows)
                 noisy = rows + scale * noise
             ws = w_avg + noisy.expand_as(start.ws)
-            added = feature if feature is None or fuse is None else fuse(feature)
+            added = None if feature is None else feature * unit
+            if added is not None and fuse is not None:
+                added = fuse(added)
             loss = target.distance(generator.synthesis(ws, added))
             optimizer.zero_grad()
             loss.backward()
@@ -161,7 +163,7 @@ def optimise_latents(
             if on_step is not None:
                 on_step()
     found = rows.detach().expand_as(start.ws).contiguous()
-    return Inversion(found, None if feature is None else feature.detach())
+    return Inversion(found, None if feature is None else (feature * unit).detach())
 
 
 def tune_generator(
