@@ -207,7 +207,7 @@ class Stylizer:
     def style_code(self, style: Any) -> Tensor:
         """What the network needs to know of a style, from the picture or from an earlier call."""
         image = prepare_style(style)
-        key = hashlib.sha256(repr(image.shape).encode() + image.numpy().tobytes()).digest()
+        key = hashlib.sha256(repr(image.shape).encode() + image.cpu().numpy().tobytes()).digest()
 
         def encode() -> Tensor:
             with computing_in(self.precision, self.device):

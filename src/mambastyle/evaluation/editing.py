@@ -180,7 +180,7 @@ def compare(
                 if judges.identity is not None:
                     pairs["identity"] = judges.same_face(b, edited)
                 if judges.small is not None:
-                    pairs["similarity_small"] = metrics.identity(judges.small.pooled, b, edited)
+                    pairs["similarity_small"] = judges.similarity(b, edited)
                 row = {
                     "method": method.name,
                     "edit": edit.name,

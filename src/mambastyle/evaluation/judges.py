@@ -133,6 +133,15 @@ class Judges:
         return {name: distance.cpu() for name, distance in found.items()}
 
     @torch.no_grad()
+    def similarity(
+        self, image: Float[Tensor, "batch 3 height width"], other: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, " batch"]:
+        """`metrics.identity` by our own small network; ValueError without it."""
+        if self.small is None:
+            raise ValueError("similarity takes the small network: name its weights")
+        return metrics.identity(self.small.pooled, image.to(self.device), other.to(self.device)).cpu()
+
+    @torch.no_grad()
     def same_face(
         self, image: Float[Tensor, "batch 3 height width"], other: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, " batch"]:
