@@ -345,3 +345,12 @@ def test_reading_in_threads_leaves_the_process_its_warnings():
         images.read(transparent.getvalue())
     with images._quiet_pillow, pytest.warns(UserWarning, match="the caller's"):
         warnings.warn("the caller's", stacklevel=1)
+
+
+def test_16_bits_are_reduced_like_8():
+    grey = np.linspace(0, 65535, 64 * 48).reshape(48, 64)
+    small, whole = (
+        images.read(Image.fromarray(grey.astype(np.uint16)), at_least=at_least) for at_least in (8, None)
+    )
+    assert small.shape == (3, 16, 22)
+    torch.testing.assert_close(small[:, :, :21], images.resize(whole[:, :, :63], 16, 21), rtol=0, atol=0.02)

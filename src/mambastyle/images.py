@@ -43,7 +43,7 @@ class ImageError(ValueError):
 
 
 class ImageWarning(UserWarning):
-    """A picture that was read, but not as it stood: transparency composited, a tiny picture enlarged."""
+    """A picture that was read, but not as it stood: transparency composited."""
 
 
 class _QuietPillow:
@@ -82,12 +82,12 @@ def read(
 ) -> Float[Tensor, "3 height width"]:
     """A picture as a tensor in [-1, 1], upright, sRGB, opaque.
 
-    `source` is a path, the bytes of a file, a PIL picture, an array (height width), (height width 1|3|4), or
-    a tensor (3 height width) or (1 3 height width). EXIF rotation is applied, an embedded colour profile and
-    CMYK converted to sRGB, grey and palettes expanded, 16 bits kept; transparency is composited on
-    `background` with an ImageWarning. Of an animation it is the first frame. With `at_least`, a picture whose
-    short side is four times that or more is first reduced by a whole factor (a box filter), which spares time
-    and memory.
+    `source` is a path, the bytes of a file or one opened for bytes, a PIL picture, an array (height width) or
+    (height width 1|3|4), of integers or in [0, 1], or a tensor (3 height width) or (1 3 height width), of
+    uint8 or in [-1, 1]. EXIF rotation is applied, an embedded colour profile and CMYK converted to sRGB, grey
+    and palettes expanded, 16 bits kept; transparency is composited on `background` with an ImageWarning. Of
+    an animation it is the first frame. With `at_least`, a picture whose short side is four times that or more
+    is first reduced by a whole factor (a box filter), which spares time and memory.
 
     Raises ImageError with a remedy when it is no picture, is damaged, or is too large (Pillow's own limit
     against decompression bombs, 179 million pixels).
@@ -103,9 +103,11 @@ def read(
     if isinstance(source, str | os.PathLike):
         path = Path(source)
         return _decode(_read_bytes(path), str(path), at_least, background)
+    if hasattr(source, "read"):
+        return _decode(_read_open(source), "the picture", at_least, background)
     raise TypeError(
         f"cannot read a picture from {type(source).__name__}: "
-        "give a path, bytes, a PIL picture, an array or a tensor"
+        "give a path, bytes, a file opened for bytes, a PIL picture, an array or a tensor"
     )
 
 
@@ -375,6 +377,13 @@ def _read_bytes(path: Path) -> bytes:
         raise ImageError(f"cannot read {path}: {error.strerror or error}; check its permissions") from error
 
 
+def _read_open(file: Any) -> bytes:
+    data = file.read()
+    if not isinstance(data, bytes | bytearray):
+        raise ImageError("the picture comes from a file opened for text: open it with 'rb'")
+    return bytes(data)
+
+
 def _decode(data: bytes, name: str, at_least: int | None, background: Background) -> Tensor:
     if not data:
         raise ImageError(f"{name} is empty (0 bytes): copy or download it again")
@@ -416,6 +425,8 @@ def _damaged(name: str, error: Exception) -> str:
 def _from_pil(picture: Image.Image, name: str, at_least: int | None, background: Background) -> Tensor:
     picture = _upright(picture)
     factor = min(picture.size) // (2 * at_least) if at_least else 1
+    if factor >= 2 and picture.mode.startswith("I;16"):
+        picture = picture.convert("I")  # Pillow reduces 32 bits, and not 16
     if factor >= 2 and picture.mode not in ("P", "PA", "1"):
         picture = picture.reduce(factor)
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):

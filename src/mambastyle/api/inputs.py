@@ -45,7 +45,9 @@ def as_list(pictures: Any) -> tuple[list[Any], bool]:
     """Pictures as a list, and whether it was one alone."""
     if isinstance(pictures, Tensor | np.ndarray) and pictures.ndim == 4:
         return list(pictures), False
-    if isinstance(pictures, Tensor | np.ndarray | Image.Image | str | os.PathLike | bytes):
+    if isinstance(pictures, Tensor | np.ndarray | Image.Image | str | os.PathLike | bytes | bytearray):
+        return [pictures], True
+    if hasattr(pictures, "read"):  # an open file, which would be iterated by lines
         return [pictures], True
     if isinstance(pictures, Iterable):
         return list(pictures), False
