@@ -108,6 +108,21 @@ def file_name(text: str) -> str:
     return re.sub(r"[^\w-]", "_", text.replace("@", "_").replace(":", "-"))
 
 
+def distinct(texts: Iterable[str]) -> list[str]:
+    """Each text as part of a file's name, in order, no two the same: what comes again is numbered."""
+    found: list[str] = []
+    taken: set[str] = set()
+    for text in texts:
+        name = stem = file_name(text)
+        count = 1
+        while name.casefold() in taken:
+            count += 1
+            name = f"{stem}-{count}"
+        found.append(name)
+        taken.add(name.casefold())
+    return found
+
+
 def sync_folder(folder: Path) -> None:
     """Make the rename itself durable, where the system can (Windows and some network disks cannot)."""
     with contextlib.suppress(OSError):

@@ -1,6 +1,7 @@
 """The facade: any kind of picture in, the same picture out for one and for many, edits that add up."""
 
 import dataclasses
+import io
 import shutil
 
 import numpy as np
@@ -272,3 +273,32 @@ def test_its_networks_may_be_compiled(inverter, tiny_model_folder, faces):
         each.render(each.edit(faces[:2], {"gender": 1.0}), output="tensor") for each in (inverter, compiled)
     ]
     close(pictures[0], pictures[1])
+
+
+def test_open_files_and_byte_arrays_are_pictures(inverter, faces):
+    path = faces[0]
+    expected = inverter.invert(path).ws
+    with open(path, "rb") as file:
+        given = [io.BytesIO(path.read_bytes()), bytearray(path.read_bytes()), file]
+        for source in given:
+            close(inverter.invert(source).ws, expected)
+    with open(path, encoding="latin-1") as file, pytest.raises(images.ImageError, match="open it with 'rb'"):
+        inverter.invert(file)
+
+
+def test_a_slice_is_several_pictures_and_all_say_what_they_are(inverter, faces):
+    inverted = inverter.invert(faces[:3], names=["a", "b", "c"])
+    assert inverted[1:].names == ("b", "c")
+    assert not inverted[1:].single
+    assert torch.equal(inverted[::2].ws, inverted.ws[[0, 2]])
+    assert repr(inverted) == f"Inverted(3 of model {inverter.model_hash[:8]}: a, b, c)"
+    assert "edited" in repr(inverter.edit(inverted, {"gender": 1.0}))
+    assert repr(inverter).startswith("Inverter(")
+    assert "16 px" in repr(inverter)
+
+
+def test_a_file_of_inversions_has_a_name_for_each(inverter, faces, tmp_path):
+    inverted = dataclasses.replace(inverter.invert(faces[:2]), names=("a",))
+    inverter.save_inversion(tmp_path / "few.safetensors", inverted)
+    with pytest.raises(CheckpointError, match="1 names for 2 pictures"):
+        inverter.load_inversion(tmp_path / "few.safetensors")

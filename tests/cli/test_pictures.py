@@ -3,11 +3,13 @@
 import errno
 import os
 import sys
+from importlib import metadata
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import mambastyle as ms
 from mambastyle.cli import main
 
 
@@ -227,3 +229,52 @@ def test_landmarks_come_from_a_json_file(run, faces, tmp_path):
     code, _, err = run("edit", faces[0], "-e", "gender=2", "--landmarks", points)
     assert code == 1
     assert "points.json is not JSON" in err
+
+
+def test_equal_names_in_a_saved_inversion_and_of_files_overwrite_nothing(run, faces, tiny_model_folder):
+    inverter = ms.load(tiny_model_folder, device="cpu")
+    several = inverter.invert([str(face) for face in faces[:2]], names=["n", "n"])
+    for folder in ("a", "b"):
+        inverter.save_inversion(f"{folder}/x.inversion.safetensors", several)
+    files = ("a/x.inversion.safetensors", "b/x.inversion.safetensors")
+    assert run("render", *files)[0] == 0
+    numbered = [f"{stem}.inversion.{name}.png" for stem in ("x", "x_safetensors") for name in ("n", "n-2")]
+    assert names() == sorted(numbered)
+    assert run("edit", files[0], "-e", "gender=1", "-o", "edited", "--no-save")[0] == 0
+    assert names("edited") == ["x.gender+1.n-2.png", "x.gender+1.n.png"]
+
+
+def test_names_in_a_saved_inversion_lead_nowhere(run, faces, tiny_model_folder):
+    inverter = ms.load(tiny_model_folder, device="cpu")
+    bad = inverter.invert([str(face) for face in faces[:2]], names=["/../../escaped_a", "/../../escaped_b"])
+    inverter.save_inversion("bad/h.safetensors", bad)
+    for command in (["render"], ["edit", "-e", "gender=1"]):
+        assert run(*command, "bad/h.safetensors", "-o", f"deep/{command[0]}")[0] == 0
+        assert len(names(f"deep/{command[0]}")) == (2 if command[0] == "render" else 4)
+    assert sorted(os.listdir(".")) == ["bad", "deep"]
+    assert sorted(os.listdir("deep")) == ["edit", "render"]
+
+
+def test_edit_takes_a_folder_of_saved_inversions_and_not_what_was_rendered_of_them(run, faces):
+    assert run("invert", *faces[:2], "-o", "saved")[0] == 0
+    for source in ("saved", "saved/*"):
+        code, out, err = run("edit", source, "-e", "gender=1", "-o", f"out{len(source)}", "--no-save")
+        assert (code, err) == (0, "")
+        assert "2 done" in out
+        assert names(f"out{len(source)}") == ["face0.gender+1.png", "face1.gender+1.png"]
+
+
+def test_out_is_no_picture(run, faces):
+    for command in (["invert"], ["edit", "-e", "gender=1"]):
+        code, _, err = run(*command, faces[0], "-o", "face.png")
+        assert code == 1
+        assert "expected a folder" in err
+    assert not os.path.exists("face.png")
+
+
+def test_version(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["mambastyle", "--version"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"mambastyle {metadata.version('mambastyle')}\n"

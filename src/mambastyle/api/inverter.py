@@ -71,8 +71,15 @@ class Inverted:
     def __len__(self) -> int:
         return len(self.ws)
 
-    def __getitem__(self, index: int) -> "Inverted":
-        """One picture of the batch."""
+    def __repr__(self) -> str:
+        names = ", ".join(self.names[:4]) + (", ..." if len(self) > 4 else "")
+        edited = ", edited" if bool(self.offset.any()) else ""
+        return f"Inverted({len(self)} of model {self.model[:8]}: {names}{edited})"
+
+    def __getitem__(self, index: int | slice) -> "Inverted":
+        """One picture of the batch, or those of a slice."""
+        if isinstance(index, slice):
+            return self.select(torch.arange(len(self))[index])
         index = range(len(self))[index]
         return dataclasses.replace(self.select(torch.tensor([index])), single=True)
 
@@ -184,6 +191,12 @@ class Inverter:
         self._judge: tuple[str, Judge | None] | None = None
         self._direction_features: Recent[Tensor] = Recent(CACHED_DIRECTIONS)
 
+    def __repr__(self) -> str:
+        return (
+            f"Inverter({self.name}: {self.resolution} px, {len(self.directions)} directions, {self.device}, "
+            f"{self.precision})"
+        )
+
     @classmethod
     def from_pretrained(
         cls,
@@ -236,7 +249,7 @@ class Inverter:
             folder,
             paths,
             name=self.name,
-            loads=f'inverter = ms.Inverter.from_pretrained("{folder.name}")',
+            loads=("inverter", "ms.Inverter.from_pretrained"),
             tags=["mamba", "state-space-model", "stylegan2", "gan-inversion"],
             sources=files.paths if files else [],
         )
@@ -414,11 +427,14 @@ class Inverter:
         saved = checkpoints.load(path, kind=INVERSION_KIND)
         try:
             self._check_model(saved.config["model"], str(path), saved.config["model_name"])
+            ws, names = saved.tensors["ws"], tuple(map(str, saved.config["names"]))
+            if len(names) != len(ws):
+                raise CheckpointError(f"{path} has {len(names)} names for {len(ws)} pictures: invert again")
             return Inverted(
-                ws=saved.tensors["ws"],
+                ws=ws,
                 feature=saved.tensors.get("feature"),
                 offset=saved.tensors["offset"],
-                names=tuple(saved.config["names"]),
+                names=names,
                 model=saved.config["model"],
                 single=bool(saved.config["single"]),
                 tuned=saved.part(_TUNED) or None,

@@ -52,7 +52,9 @@ class Batch:
             self.failures.append((str(name), one_line(error)))
         self.notes += [str(warning.message) for warning in caught]
 
-    def find(self, sources: Sequence[str], *, suffixes: Sequence[str] | None = None) -> list[Path]:
+    def find(
+        self, sources: Sequence[str], *, suffixes: Sequence[str] | None = None, what: str = "saved inversions"
+    ) -> list[Path]:
         """What the sources stand for, each source apart: a mistyped one does not cost the others."""
         from mambastyle import images
 
@@ -62,7 +64,6 @@ class Batch:
                 if suffixes is None:
                     found.update(dict.fromkeys(images.find(source)))
                 else:
-                    what = "saved inversions"
                     found.update(dict.fromkeys(images.find(source, suffixes=suffixes, what=what)))
         return list(found)
 

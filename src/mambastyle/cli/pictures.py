@@ -10,7 +10,7 @@ import typer
 from mambastyle.cli.batch import Batch, chunks, progress
 from mambastyle.cli.photos import Faces, Landmarks, PasteBack, edit_photos, read_landmarks
 from mambastyle.compute import Precision
-from mambastyle.files import file_name, stems
+from mambastyle.files import distinct, file_name, stems
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +35,20 @@ Saved = Annotated[list[str], typer.Argument(help="Saved inversions (*.safetensor
 Model = Annotated[
     str, typer.Option("--model", "-m", help="A preset's name, or a folder with the checkpoints.")
 ]
-Out = Annotated[Path, typer.Option("--out", "-o", help="The folder to write to; it is made.")]
+
+
+def as_folder(out: Path) -> Path:
+    """`--out`, which is no picture."""
+    if out.suffix.lower() in (".jpeg", *(f".{form}" for form in Format)) and not out.is_dir():
+        raise ValueError(
+            f"--out {out} is the name of a picture, expected a folder; --format sets their format"
+        )
+    return out
+
+
+Out = Annotated[
+    Path, typer.Option("--out", "-o", help="The folder to write to; it is made.", callback=as_folder)
+]
 Form = Annotated[Format, typer.Option("--format", "-f", help="The format of the pictures.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: an accelerator if there is one.")]
 Precise = Annotated[
@@ -151,6 +164,7 @@ def edit(
 
         mambastyle edit holidays/*.jpg -e age=2 --faces --model ffhq/      (the whole photographs)
     """
+    from mambastyle import images
     from mambastyle.latents.directions import DirectionError, parse_edit
 
     batch = Batch()
@@ -169,7 +183,8 @@ def edit(
         )
     points = None if landmarks is None else read_landmarks(landmarks)
     values = _parse_strengths(strengths) if grid else []
-    paths = batch.find(inputs)
+    both = (*images.SUFFIXES, SAVED)
+    paths = _without_rendered(batch.find(inputs, suffixes=both, what="pictures or saved inversions"))
     if not paths:
         return batch.finish(out)
     inverter = _load(model, device, precision, batch_size)
@@ -218,13 +233,23 @@ def render(
     paths = batch.find(inputs, suffixes=(SAVED,))
     if paths:
         inverter = _load(model, device, precision, batch_size)
+        names = stems(paths)
         with progress("render", len(paths)) as bar:
             for path in paths:
                 with batch.attempt(path):
-                    _write_pictures(inverter, inverter.load_inversion(path), out / path.stem, form)
+                    kind = ".inversion" if path.stem.endswith(".inversion") else ""
+                    _write_pictures(
+                        inverter, inverter.load_inversion(path), out / f"{names[path]}{kind}", form
+                    )
                     batch.done += 1
                 bar.advance(bar.task_ids[0], 1)
     batch.finish(out)
+
+
+def _without_rendered(paths: Sequence[Path]) -> list[Path]:
+    """Of a saved inversion and the picture that was rendered from it beside it, the inversion alone."""
+    saved = {path.with_suffix("") for path in paths if path.suffix == SAVED}
+    return [path for path in paths if path.suffix == SAVED or path.with_suffix("") not in saved]
 
 
 def _load(model: str, device: str | None, precision: Precision, batch_size: int) -> "Inverter":
@@ -278,9 +303,11 @@ def _write(
     from mambastyle import images
 
     rendered = inverter.render(inverted, output="tensor")
+    # Names of a file from elsewhere are no paths.
+    names = distinct(inverted.names)
     for index, path in enumerate(paths):
         # A saved inversion of several pictures gives several outputs.
-        number = f".{inverted.names[index]}" if len(set(stem)) < len(stem) else ""
+        number = f".{names[index]}" if len(set(stem)) < len(stem) else ""
         with batch.attempt(path):
             target = out / f"{stem[index]}{number}"
             if save:
@@ -293,7 +320,7 @@ def _write_pictures(inverter: "Inverter", inverted: "Inverted", target: Path, fo
     from mambastyle import images
 
     rendered = inverter.render(inverted, output="tensor")
-    for image, name in zip(rendered, inverted.names, strict=True):
+    for image, name in zip(rendered, distinct(inverted.names), strict=True):
         number = f".{name}" if len(rendered) > 1 else ""
         images.write(f"{target}{number}.{form.value}", image)
 

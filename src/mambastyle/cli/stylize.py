@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mambastyle.cli.batch import Batch, progress
-from mambastyle.cli.pictures import Device, Form, Format, Precise
+from mambastyle.cli.pictures import Device, Form, Format, Precise, as_folder
 from mambastyle.compute import Precision
 from mambastyle.files import stems
 
@@ -92,6 +92,8 @@ def stylize(
         raise ValueError("no style: name a painting with --style")
     if bool(contents) == (video is not None):
         raise ValueError("nothing to stylize: name photographs, or one video with --video (not both)")
+    if video is None:
+        as_folder(out)
     batch = Batch()
     styles: dict[str, Tensor] = {}
     found = batch.find(style)
