@@ -91,6 +91,17 @@ def test_the_same_job_again_does_what_is_left_alone(job, photos, tmp_path):
     assert run_here(job, items_of(photos), target).done == 0
 
 
+def test_what_is_wrong_about_a_job_leaves_its_folder_to_the_next(job, photos, tmp_path, tiny_stylizer_folder):
+    mistyped = dataclasses.replace(job, edits=("gendr=1",))
+    with pytest.raises(ValueError, match="did you mean 'gender'"):
+        run_here(mistyped, items_of(photos), Target(tmp_path / "out"))
+    (tmp_path / "style.png").write_bytes(b"no picture")
+    stylizing = StylizeJob(str(tiny_stylizer_folder), (str(tmp_path / "style.png"),))
+    with pytest.raises(images.ImageError, match=r"style\.png"):
+        run_here(stylizing, items_of(photos), Target(tmp_path / "out"))
+    assert run_here(job, items_of(photos), Target(tmp_path / "out")).done > 0
+
+
 def test_shards_divide_a_job_and_any_number_resumes_it(job, photos, tmp_path):
     target = Target(tmp_path / "out")
     items = items_of(photos)

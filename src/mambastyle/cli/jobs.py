@@ -86,7 +86,9 @@ def edit(
 @app.command()
 def stylize(
     inputs: Pictures,
-    style: Annotated[list[str], typer.Option("--style", "-s", help="A style picture; several are mixed.")],
+    style: Annotated[
+        list[str], typer.Option("--style", "-s", help="A style picture, folder, or glob; several are mixed.")
+    ],
     weights: Annotated[
         str | None, typer.Option(help="Mix all styles in these parts, such as 0.7,0.3; default: equal ones.")
     ] = None,
@@ -116,14 +118,16 @@ def stylize(
 
         mambastyle batch stylize photos/ -s a.jpg -s b.jpg --weights 0.7,0.3 --keep-color --out out
     """
+    from mambastyle import images
     from mambastyle.api.stylizer import check_strength, check_weights
     from mambastyle.cli.stylize import parse_weights
     from mambastyle.jobs.work import StylizeJob
 
     check_strength(strength)
-    shares = tuple(check_weights(style, parse_weights(weights)))
+    styles = tuple(map(str, images.find(style)))
+    shares = tuple(check_weights(styles, parse_weights(weights)))
     job = StylizeJob(
-        model, tuple(style), shares, strength, keep_color, seed, average, f".{form.value}", device, precision
+        model, styles, shares, strength, keep_color, seed, average, f".{form.value}", device, precision
     )
     _run("stylize", job, inputs, out, shard, per_tar if tar else None, threads, engine, workers)
 

@@ -13,7 +13,7 @@ from mambastyle.api import Inverter, Stylizer, load_inverter, load_stylizer
 from mambastyle.checkpoints import read_header
 from mambastyle.compute import Precision
 from mambastyle.files import file_name
-from mambastyle.latents.directions import Direction, parse_edit
+from mambastyle.latents.directions import Direction, Directions, parse_edit
 from mambastyle.presets import find_model, find_stylizer
 
 
@@ -44,7 +44,9 @@ class Job(Protocol):
         ...
 
     def identity(self) -> dict[str, Any]:
-        """All that the outputs depend on, as JSON."""
+        """All that the outputs depend on, as JSON. ValueError for what is wrong about the description itself,
+        before a folder belongs to it.
+        """
         ...
 
     def build(self) -> Work: ...
@@ -69,8 +71,12 @@ class EditJob:
     def identity(self) -> dict[str, Any]:
         files = find_model(self.model)
         hashes = {path.stem: read_header(path).sha256 for path in (files.generator, files.inversion)}
+        known = Directions()
         if files.directions is not None:
             hashes["directions"] = read_header(files.directions).sha256
+            known = Directions.load(files.directions)
+        for text in self.edits:
+            known.at(parse_edit(text)[0])
         named = ("edits", "suffix", "precision")
         return {"verb": "edit", **{key: getattr(self, key) for key in named}, **hashes}
 
@@ -123,6 +129,8 @@ class StylizeJob:
     def identity(self) -> dict[str, Any]:
         named = ("weights", "strength", "keep_color", "seed", "average", "suffix", "precision")
         options = {key: getattr(self, key) for key in named}
+        for style in self.styles:
+            images.read(style)
         styles = [hashlib.sha256(Path(style).read_bytes()).hexdigest() for style in self.styles]
         network = read_header(find_stylizer(self.model).path).sha256
         return {"verb": "stylize", "styles": styles, "network": network, **options}
