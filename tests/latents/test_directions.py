@@ -159,3 +159,14 @@ def test_loaded_directions_do_not_follow_their_file(tmp_path):
     with path.open("r+b") as file:  # in place, as cp does it
         file.write(bytes(path.stat().st_size))
     assert torch.equal(found["age"].vector, torch.ones(4, 6))
+
+
+def test_layers_may_be_named_in_an_edit_and_must_change_something():
+    vector = torch.zeros(6, 4)
+    vector[1:3] = 1
+    found = Directions([Direction("age", vector, space="w+")])
+    (direction, strength) = found.resolve({"age@0:2": 2})[0]
+    assert strength == 2
+    assert direction.offset().any(1).tolist() == [False, True, False, False, False, False]
+    with pytest.raises(DirectionError, match=r"'age@3:6' changes nothing: age moves the layers 1:3"):
+        found.at("age@3:6")

@@ -167,7 +167,15 @@ class Directions(Mapping[str, Direction]):
         direction = self[name]
         if not at:
             return direction
-        return direction.on_layers(*parse_layers(layers, text))
+        found = direction.on_layers(*parse_layers(layers, text))
+        if not found.offset().any():
+            moved = direction.offset().any(1).nonzero()[:, 0].tolist()
+            raise DirectionError(
+                f"{text!r} changes nothing: {name} moves the layers {moved[0]}:{moved[-1] + 1}"
+                if moved
+                else f"{text!r} changes nothing: {name} is zero"
+            )
+        return found
 
     def __contains__(self, name: object) -> bool:
         return name in self._by_name
@@ -190,7 +198,7 @@ class Directions(Mapping[str, Direction]):
                 raise DirectionError(f"an edit is {pair!r}, expected a (name, strength) pair: ('age', 1.5)")
             name: Any = pair[0]
             strength = pair[1]
-            direction = name if isinstance(name, Direction) else self[name]
+            direction = name if isinstance(name, Direction) else self.at(name)
             resolved.append((direction, check_strength(strength, direction.name)))
         return resolved
 
