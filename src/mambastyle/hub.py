@@ -100,14 +100,14 @@ def describe(
     files: Iterable[Path],
     *,
     name: str,
-    loads: str,
+    loads: tuple[str, str],
     tags: Iterable[str],
     sources: Iterable[Path],
 ) -> None:
     """Write config.json and, unless there is one, README.md: the model card, from the checkpoints' cards.
 
-    `loads` is the Python line that loads the folder; what stands in the *.md beside one of `sources`, the
-    checkpoints that were copied, goes into the card.
+    `loads` is the variable and the function of the Python lines that load the model; what stands in the *.md
+    beside one of `sources`, the checkpoints that were copied, goes into the card.
     """
     headers = [checkpoints.read_header(path) for path in files]
     parts = {
@@ -124,7 +124,7 @@ def describe(
 
 
 def _model_card(
-    headers: list[Checkpoint], name: str, loads: str, tags: list[str], texts: Mapping[str, str]
+    headers: list[Checkpoint], name: str, loads: tuple[str, str], tags: list[str], texts: Mapping[str, str]
 ) -> str:
     licences = list(dict.fromkeys(str(h.card["licence"]) for h in headers if h.card.get("licence")))
     front: dict[str, Any] = {"library_name": LIBRARY, "pipeline_tag": "image-to-image", "tags": tags}
@@ -133,7 +133,10 @@ def _model_card(
     elif licences:
         front |= {"license": "other", "license_name": "; ".join(licences)}
     lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {name}", ""]
-    lines += ["```python", "import mambastyle as ms", "", loads, "```"]
+    variable, function = loads
+    lines += ["```python", "import mambastyle as ms", ""]
+    lines += [f'{variable} = {function}("OWNER/{name}", download=True)  # from the Hugging Face hub']
+    lines += [f'{variable} = {function}("{name}")  # or from a copy of this folder', "```"]
     for header in headers:
         lines += ["", f"## {header.path.name}", ""]
         if header.path.name in texts:

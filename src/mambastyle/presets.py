@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -152,6 +153,8 @@ def find(source: str | os.PathLike[str]) -> ModelFiles | StylizerFile:
         return _model_in(path, path.name)
     near = nearest(str(source), PRESETS)
     hint = f"did you mean {near!r}?" if near else f"the presets are: {', '.join(PRESETS)}"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        hint += f"; from the Hugging Face hub: Inverter.from_pretrained({str(source)!r}, download=True)"
     raise CheckpointError(f"no preset or folder named {str(source)!r}: {hint}")
 
 

@@ -124,7 +124,7 @@ class Stylizer:
             folder,
             [path],
             name=self.name,
-            loads=f'stylizer = ms.Stylizer.from_pretrained("{folder.name}")',
+            loads=("stylizer", "ms.Stylizer.from_pretrained"),
             tags=["mamba", "state-space-model", "style-transfer"],
             sources=[self.file.path] if self.file else [],
         )

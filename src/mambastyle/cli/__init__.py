@@ -3,6 +3,8 @@
 import os
 import sys
 import traceback
+from importlib import metadata
+from typing import Annotated
 
 import click
 import typer
@@ -53,6 +55,21 @@ app.command()(convert.convert)
 app.command()(export.export)
 app.command()(about.info)
 app.command()(about.doctor)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mambastyle {metadata.version('mambastyle')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Invert, edit and render pictures with MambaStyle, stylize them, and train the models."""
 
 
 def main() -> None:

@@ -25,7 +25,8 @@ def convert(
     """Convert published weights or directions to a file of ours, without executing anything in them.
 
     Read are StyleGAN2 (NVIDIA's .pkl, the .pt of the inversion repositories), MambaStyle, ArcFace, face
-    parsing, VGG-19, LPIPS, Inception of the FID, and the directions of InterFaceGAN and GANSpace.
+    parsing, VGG-19, LPIPS, Inception of the FID, Mamba-ST, SaMam, and the directions of InterFaceGAN and
+    GANSpace.
 
     Examples:
 
