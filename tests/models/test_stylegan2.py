@@ -198,7 +198,7 @@ def test_kept_kernels_follow_weights_that_change(generator, change):
         synthesis.float()
     elif change == "replaced":
         for block in synthesis.blocks:
-            for name, layer in block.named_children():
+            for layer in block.children():
                 layer.weight = torch.nn.Parameter(layer.weight.clone(), requires_grad=False)
         synthesis.load_state_dict(values)
     elif change == "trained":

@@ -201,7 +201,7 @@ def test_a_second_derivative_is_refused_with_the_remedy():
 def test_forward_mode_takes_the_reference_or_is_refused():
     inputs = tuple(x.detach() for x in make_inputs(dtype=torch.float32))
     tangents = tuple(torch.randn_like(x) for x in inputs)
-    y, pushed = torch.func.jvp(lambda *x: ss2d_scan(*x, cross_paths(3, 4)), inputs, tangents)
+    _, pushed = torch.func.jvp(lambda *x: ss2d_scan(*x, cross_paths(3, 4)), inputs, tangents)
     doubles, directions = ([x.double() for x in each] for each in (inputs, tangents))
     _, expected = torch.func.jvp(
         lambda *x: ss2d_scan(*x, cross_paths(3, 4)), tuple(doubles), tuple(directions)

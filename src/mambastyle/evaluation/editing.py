@@ -18,7 +18,6 @@ from torch import Tensor
 from mambastyle import images
 from mambastyle.api import Inverted
 from mambastyle.api.methods import MethodName
-from mambastyle.evaluation import metrics
 from mambastyle.evaluation.inversion import Found, Method, invert_all, load_faces, load_methods, summary
 from mambastyle.evaluation.judges import HEADINGS, Judges
 from mambastyle.evaluation.table import Table

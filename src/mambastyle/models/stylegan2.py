@@ -341,9 +341,9 @@ class SynthesisNetwork(nn.Module):
         """Keep what rendering derives from the weights (scaled and turned kernels), for a frozen network.
 
         That is a fifth of a training step of the inversion at 64 px, and a seventh of rendering a picture.
-        Weights that are trained, replaced, moved, loaded or changed in place are noticed. Only what is written
-        through `.data`, which PyTorch does not count, asks for a network that keeps nothing, as a new one, or
-        a copy, does.
+        Weights that are trained, replaced, moved, loaded or changed in place are noticed. What is written
+        through `.data`, which PyTorch does not count, is not: it asks for a network that keeps nothing, as a
+        new one or a copy does.
         """
         for block in cast("Iterable[SynthesisBlock]", self.blocks):
             for layer in (block.conv0, block.conv1):
