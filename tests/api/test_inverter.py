@@ -302,3 +302,8 @@ def test_a_file_of_inversions_has_a_name_for_each(inverter, faces, tmp_path):
     inverter.save_inversion(tmp_path / "few.safetensors", inverted)
     with pytest.raises(CheckpointError, match="1 names for 2 pictures"):
         inverter.load_inversion(tmp_path / "few.safetensors")
+
+
+def test_a_strength_beyond_all_numbers_is_named(inverter, faces):
+    with pytest.raises(images.ImageError, match="edit less strongly"):
+        inverter.render(inverter.edit(faces[0], {"gender": 1e38}))

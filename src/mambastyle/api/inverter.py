@@ -400,6 +400,11 @@ class Inverter:
                 else:
                     tuned = {name: rows[part].to(self.device) for name, rows in inverted.tuned.items()}
                     picture = TunedSynthesis(self.generator.synthesis)(ws, tuned)
+            if not bool(torch.isfinite(picture).all()):
+                raise images.ImageError(
+                    f"the model gives NaN or infinity, {float(offset.abs().max()):.3g} from the inversion: "
+                    "edit less strongly"
+                )
             rendered.append(picture.float().clamp(-1, 1).cpu())
         batch, frame = torch.cat(rendered), self.model.config.frame
         if frame is not None:

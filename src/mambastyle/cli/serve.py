@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -29,7 +30,9 @@ def serve(
     ] = None,
     recipes: Annotated[Path, typer.Option(help="The folder of the recipes to train from.")] = Path("recipes"),
     runs: Annotated[Path, typer.Option(help="The folder of the training runs.")] = Path("runs"),
-    max_upload: Annotated[str, typer.Option(help="The largest file that may be uploaded.")] = "20mb",
+    max_upload: Annotated[
+        str, typer.Option(help="The largest file that may be uploaded, such as 500kb or 2gb.")
+    ] = "20mb",
     open_browser: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     device: Device = None,
     precision: Precise = "fp32",
@@ -50,6 +53,10 @@ def serve(
     from mambastyle.presets import PRESETS, find_stylizer
     from mambastyle.ui.server import serve as run
 
+    if not re.fullmatch(r"\d+ ?[kmgt]?b", max_upload.lower()):
+        raise ValueError(f"--max-upload {max_upload}: expected a size such as 500kb, 20mb or 2gb")
+    if examples is not None and not examples.is_dir():
+        raise ValueError(f"--examples {examples} is no folder: name one with pictures")
     if examples is None:
         with contextlib.suppress(FileNotFoundError):
             examples = examples_folder()
