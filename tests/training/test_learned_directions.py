@@ -225,6 +225,8 @@ def test_the_command_writes_and_goes_on(tiny_model_folder, tmp_path, pack, two, 
     assert found["light"].layers == (0, 2)
     generator = checkpoints.load(tiny_model_folder / "generator.safetensors")
     assert found.generator == generator.sha256
+    card = checkpoints.read_header(out).card
+    assert (card["command"], card["steps"], card["batch"]) == ("directions learn", 1, 4)
     written = out.read_bytes()
     assert run() == 0  # what is there stays
     assert out.read_bytes() == written

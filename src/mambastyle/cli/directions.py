@@ -106,7 +106,8 @@ def discover(
         device=device,
         classifier=classifier,
     )
-    found.save(out)
+    made = {"model": model, "method": method.value, "samples": samples, "truncation_psi": truncation_psi}
+    found.save(out, card={"command": "directions discover", **made, "seed": seed})
     typer.echo(f"{len(found)} directions ({', '.join(found)}) written to {out}")
 
 
@@ -179,6 +180,8 @@ def learn(
     found = Directions.load(out) if out.is_file() else Directions(generator=sha256)
     if found.generator != sha256:
         raise ValueError(f"{out} holds the directions of another generator: name another file")
+    made = {"model": model, "pack": pack.name, "split": split, "half": half.value, "steps": steps}
+    card = {"command": "directions learn", **made, "batch": batch, "seed": seed}
     starts = inverter.directions if start is None else Directions.load(start)
     if starts.generator not in (None, sha256):
         raise ValueError(f"{start} holds the directions of another generator: begin at those of {model}")
@@ -199,7 +202,7 @@ def learn(
         progress=True,
     ):
         found = Directions([*found.values(), direction], generator=sha256)
-        found.save(out)
+        found.save(out, card=card)
     typer.echo(f"{len(found)} directions ({', '.join(found)}) written to {out}")
 
 
