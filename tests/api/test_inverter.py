@@ -159,7 +159,8 @@ def test_a_model_loaded_in_inference_mode_works_there(inverter, tiny_model_folde
     with torch.inference_mode():
         loaded = ms.load(tiny_model_folder, device="cpu")
         again = loaded.render(loaded.invert(faces[:1]), output="tensor")
-    assert torch.equal(again, inverter.render(inverter.invert(faces[:1]), output="tensor"))
+    # Its kernels are not kept turned, and another order of sums rounds otherwise.
+    close(again, inverter.render(inverter.invert(faces[:1]), output="tensor"))
 
 
 def test_mistakes_are_named(inverter, faces, tiny_model_folder):
