@@ -165,7 +165,8 @@ def test_stylizing_is_a_job_too(photos, tmp_path, tiny_stylizer_folder):
         assert np.array_equal(np.asarray(written), np.asarray(expected))
 
 
-@pytest.mark.parametrize(("per_tar", "stop_after"), [(0, 3), pytest.param(4, 8, marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize(("per_tar", "stop_after"), [(0, 3), (4, 8)])
 def test_a_job_killed_in_the_middle_goes_on_and_does_nothing_twice(
     job, tmp_path, tiny_model_folder, per_tar, stop_after
 ):

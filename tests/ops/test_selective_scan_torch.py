@@ -252,6 +252,7 @@ def test_narrower_instructions_give_the_same_results(features, lanes):
     assert run_python(COMPARE + script, MAMBASTYLE_CPU_FEATURES=features).split() == [features, str(lanes)]
 
 
+@pytest.mark.thorough
 def test_instructions_that_cannot_be_had_say_why():
     script = "from mambastyle.ops import unavailable_reason; print(unavailable_reason('numba'))"
     assert "must be one of avx512, avx2, sse4.2: got 'mmx'" in run_python(

@@ -344,6 +344,7 @@ window.fetch = async (resource, options) => {
 """
 
 
+@pytest.mark.thorough
 def test_what_is_asked_while_the_stream_of_results_closes_is_answered(visit):
     page = visit(before=LATE_CLOSING)
     upload(page, PICTURE)
