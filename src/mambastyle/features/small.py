@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mambastyle import checkpoints, images
+from mambastyle.nn.pointwise import StridedPointwise
 
 KIND = "small-features"
 
@@ -68,7 +69,7 @@ class ResidualBlock(nn.Module):
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
             self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+                StridedPointwise(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels)
             )
         # The block begins as its shortcut (Goyal et al. 2017, section 5.1).
         nn.init.zeros_(self.norm2.weight)

@@ -4,6 +4,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mambastyle.nn.pointwise import StridedPointwise
+
 
 class SqueezeExcitation(nn.Module):
     """`x * sigmoid(fc2(ReLU(fc1(mean(x)))))`, the mean over height and width (Hu et al. 2018)."""
@@ -31,7 +33,7 @@ class Bottleneck(nn.Module):
             self.shortcut = nn.Identity() if stride == 1 else nn.MaxPool2d(1, stride)
         else:
             self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
+                StridedPointwise(in_channels, out_channels, stride),
                 nn.BatchNorm2d(out_channels),
             )
         self.residual = nn.Sequential(
