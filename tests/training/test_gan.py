@@ -14,6 +14,7 @@ from mambastyle.models.stylegan2 import Generator, StyleGAN2Config
 from mambastyle.training.augment import AdaptiveProbability, augment
 from mambastyle.training.config import read_run_file
 from mambastyle.training.gan import GANConfig, GANTask, run
+from mambastyle.training.loop import find_checkpoints
 from mambastyle.training.random import StepRandom
 
 MODEL = {
@@ -73,6 +74,25 @@ def test_resumes_exactly_and_exports_a_generator(settings):
         assert f'"{term}"' in log
     assert (whole / "samples" / "step-00000006.png").is_file()
     assert generator.mapping.w_avg.abs().sum() > 0
+
+
+def test_a_falling_rate_resumes_exactly_and_ends_near_zero(settings):
+    settings |= {"schedule": "cosine", "steps": 4}
+    whole = run(GANConfig(**settings))
+    run(GANConfig(**(settings | {"name": "again", "max_minutes": 0})))
+    assert [path.name for path in find_checkpoints(whole.parent / "again")] == ["step-00000001"]
+    again = run(GANConfig(**(settings | {"name": "again"})))
+    first, second = (checkpoints.load(folder / "generator.safetensors") for folder in (whole, again))
+    for name, tensor in first.tensors.items():
+        assert torch.equal(tensor, second.tensors[name]), name
+    state = torch.load(find_checkpoints(whole)[-1] / "state.pt", weights_only=True)
+    rates = {
+        (name, group["initial_lr"]): group["lr"]
+        for name, optimizer in state["optimizers"].items()
+        for group in optimizer["param_groups"]
+    }
+    assert len(rates) == 2
+    assert all(rate == pytest.approx(0, abs=1e-9) for rate in rates.values())
 
 
 def test_reconstructs_a_share_of_the_pictures_and_resumes_exactly(settings):

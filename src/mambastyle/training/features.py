@@ -31,6 +31,7 @@ from mambastyle.features.squeezenet import CHANNELS, SqueezeNetFeatures
 from mambastyle.training.config import RunConfig, Section
 from mambastyle.training.loop import Player, Terms, train
 from mambastyle.training.random import StepRandom
+from mambastyle.training.schedules import cosine
 
 logger = logging.getLogger(__name__)
 
@@ -254,7 +255,7 @@ def labelled_loss(
 
 def _warm_up_and_cosine(config: FeaturesConfig) -> Callable[[int], float]:
     def factor(step: int) -> float:
-        return min(1.0, (step + 1) / config.warm_up) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+        return min(1.0, (step + 1) / config.warm_up) * cosine(step, config.steps)
 
     return factor
 

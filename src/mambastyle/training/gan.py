@@ -8,9 +8,9 @@ ruin the colours, so they stand beside it with a small weight.
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ from mambastyle.training.config import RunConfig, Section
 from mambastyle.training.latent_encoder import LatentEncoder, fit_prior
 from mambastyle.training.loop import Player, Terms, process_mean, train
 from mambastyle.training.random import StepRandom
+from mambastyle.training.schedules import cosine
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,8 @@ class GANConfig(RunConfig):
     reconstruction: ReconstructionSection = ReconstructionSection()
     discriminator_widths: tuple[int, ...] = ()
     learning_rate: float = 0.0025
+    schedule: Literal["constant", "cosine"] = "constant"
+    """cosine: all rates fall to 0 at the last step, for the end of a training (Huang et al. 2024, R3GAN)."""
     betas: tuple[float, float] = (0.0, 0.99)
     r1_gamma: float = 0.1
     r1_every: int = 16
@@ -238,22 +241,18 @@ class GANTask:
             # Their weights are not equalised: the image discriminator's rate turns them over in 20 steps.
             heads = [p for p in self.projected.parameters() if p.requires_grad]
             groups.append({"params": heads, "lr": self.config.projected.learning_rate})
-        parameters = [parameter for group in groups for parameter in group["params"]]
         weights = {
             "d_adversarial": 1.0,
             "d_projected": self.config.projected.weight,
             "r1": self.config.r1_gamma / 2 * self.config.r1_every,
         }
-        return Player(
-            "discriminator", parameters, self._adam(groups, self.config.r1_every), self._d_terms, weights
-        )
+        return self._player("discriminator", groups, self.config.r1_every, self._d_terms, weights)
 
     def _generator_player(self) -> Player:
         section = self.config.reconstruction
         groups: list[dict[str, Any]] = [{"params": list(self.generator.parameters())}]
         if self.encoder is not None:
             groups.append({"params": list(self.encoder.parameters()), "lr": section.learning_rate})
-        parameters = [parameter for group in groups for parameter in group["params"]]
         every = self.config.path_length_every
         weights = {
             "g_adversarial": 1.0,
@@ -264,15 +263,28 @@ class GANTask:
             "perceptual": section.perceptual,
             "divergence": section.divergence,
         }
-        return Player("generator", parameters, self._adam(groups, every), self._g_terms, weights)
+        return self._player("generator", groups, every, self._g_terms, weights)
 
-    def _adam(self, groups: list[dict[str, Any]], lazy_every: int) -> torch.optim.Adam:
+    def _player(
+        self,
+        name: str,
+        groups: list[dict[str, Any]],
+        lazy_every: int,
+        terms: Callable[[StepRandom], Terms],
+        weights: dict[str, float],
+    ) -> Player:
         # Lazy regularisation (StyleGAN2, appendix B): the moments see one more gradient per `lazy_every`.
         ratio = lazy_every / (lazy_every + 1) if lazy_every else 1.0
         betas = (self.config.betas[0] ** ratio, self.config.betas[1] ** ratio)
-        return torch.optim.Adam(
+        adam = torch.optim.Adam(
             groups, lr=self.config.learning_rate * ratio, betas=betas, eps=1e-8, fused=True
         )
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        scheduler = None
+        if self.config.schedule == "cosine":
+            steps = self.config.steps
+            scheduler = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: cosine(step, steps))
+        return Player(name, parameters, adam, terms, weights, scheduler)
 
     def _real(self, random: StepRandom) -> Float[Tensor, "b 3 r r"]:
         chosen = random.epoch_indices(len(self.pictures))

@@ -26,6 +26,7 @@ from mambastyle.models.samam import SAMAM_PATCH4, SAMAM_SMALL, SaMam, SaMamConfi
 from mambastyle.training.config import RunConfig, Section
 from mambastyle.training.loop import Player, Terms, train
 from mambastyle.training.random import StepRandom
+from mambastyle.training.schedules import cosine
 
 CONFIGS: dict[str, dict[str, SaMamConfig | MambaSTConfig]] = {
     "samam": {"paper": SaMamConfig(), "patch4": SAMAM_PATCH4, "small": SAMAM_SMALL},
@@ -180,7 +181,7 @@ class StyleTransferTask:
         warm = min(1.0, (step + 1) / (config.warm_up + 1))
         if config.schedule == "inverse":
             return warm / (1 + config.decay * step)
-        return warm * 0.5 * (1 + math.cos(math.pi * min(step / config.steps, 1)))
+        return warm * cosine(step, config.steps)
 
     # ---- What a step draws
 
