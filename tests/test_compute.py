@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mambastyle.compute import channels_last, check_precision, computing_in, freeze
+from mambastyle.compute import channels_last, check_precision, computing_in, freeze, has_bfloat16
 
 CPU = torch.device("cpu")
 
@@ -34,7 +34,20 @@ def test_products_run_in_the_precision_asked_for():
 
 
 def test_a_precision_that_cannot_be_had_is_named():
-    with pytest.raises(ValueError, match="precision is 'fp8', expected one of fp32, bf16"):
+    with pytest.raises(ValueError, match="precision is 'fp8', expected one of fp32, bf16, auto"):
         check_precision("fp8", CPU)
     with pytest.raises(ValueError, match="meta has no mixed precision"):
         check_precision("bf16", torch.device("meta"))
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "there"),
+    [({"avx2": True, "avx512_bf16": False}, False), ({"avx512_bf16": True}, True), ({"bf16": True}, True)],
+)
+def test_auto_takes_bfloat16_where_the_processor_has_it(monkeypatch, caplog, capabilities, there):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert has_bfloat16(CPU) == there
+    assert check_precision("auto", CPU) == ("bf16" if there else "fp32")
+    assert not caplog.text
+    assert check_precision("bf16", CPU) == "bf16"
+    assert ("can be many times slower" in caplog.text) != there

@@ -59,13 +59,11 @@ def _precision() -> str:
     """Whether `precision="bf16"` pays: elsewhere bfloat16 is made of float32 and is slower."""
     import torch
 
-    if torch.cuda.is_available():
-        capable, where = torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
-    else:
-        # Older versions of torch cannot tell.
-        found = getattr(torch.cpu, "get_capabilities", dict)()
-        capable, where = any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")), "this CPU"
-    if capable:
+    from mambastyle.compute import has_bfloat16
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = "this GPU" if device.type == "cuda" else "this CPU"
+    if has_bfloat16(device):
         return f"bfloat16 is in the hardware of {where}"
     return f"{where} is not known to have bfloat16: fp32 is faster"
 

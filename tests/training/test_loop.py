@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from mambastyle.training.config import RunConfig
@@ -113,3 +114,10 @@ def test_a_process_may_train_at_one_precision_after_another(tmp_path):
     for precision in ("bf16", "fp32", "bf16"):
         folder = train(config(tmp_path, name=precision, precision=precision, steps=2), Regression)
         assert weights(folder)["weight"].shape == (1, 3)
+
+
+@pytest.mark.parametrize(("there", "taken"), [(True, "bf16"), (False, "fp32")])
+def test_the_run_file_says_which_precision_auto_was(tmp_path, monkeypatch, there, taken):
+    monkeypatch.setattr("mambastyle.compute.has_bfloat16", lambda device: there)
+    folder = train(config(tmp_path, precision="auto", steps=1), Regression)
+    assert yaml.safe_load((folder / "run.yaml").read_text())["precision"] == taken

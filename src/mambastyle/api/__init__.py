@@ -38,8 +38,9 @@ def load(
     mamba-st.safetensors, or a folder with one of these. `device` is by default the accelerator where there is
     one, else the CPU. `precision` "bf16" runs products and convolutions in bfloat16: models of the published
     size take 0.58 to 0.74 of the time on a CPU that has it in hardware (`mambastyle doctor` says so; on GPUs
-    it is not measured), and pictures change by half a level to one of 255 in the mean (docs/kernels.md). An
-    Inverter runs `batch_size` pictures at once, a Stylizer one after the other.
+    it is not measured), and pictures change by half a level to one of 255 in the mean (docs/kernels.md).
+    Hardware without it is slower in it; "auto" is "bf16" where it is there and "fp32" elsewhere. An Inverter
+    runs `batch_size` pictures at once, a Stylizer one after the other.
     Raises checkpoints.CheckpointError when something is missing, damaged, or does not belong together, and
     ValueError for a device or precision that cannot be had.
     """

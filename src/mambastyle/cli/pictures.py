@@ -55,7 +55,8 @@ Precise = Annotated[
     Precision,
     typer.Option(
         "--precision",
-        help="bf16: faster for large models where the hardware has it; pictures change a little.",
+        help="bf16: faster for large models where the hardware has it; pictures change a little. "
+        "auto: bf16 where the hardware has it.",
     ),
 ]
 BatchSize = Annotated[int, typer.Option("--batch", min=1, help="How many pictures run at once.")]

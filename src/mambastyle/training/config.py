@@ -26,6 +26,7 @@ class RunConfig(Section):
     steps: int
     batch: int
     precision: Precision = "fp32"
+    """auto: bf16 where the hardware has it, else fp32."""
     ema_decay: float = 0.999
     clip_gradient: float | None = None
     accumulate: int = 1

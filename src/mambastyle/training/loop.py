@@ -26,6 +26,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from mambastyle import images
+from mambastyle.compute import check_precision
 from mambastyle.files import sync_folder, write_error, write_whole
 from mambastyle.nn.synced_norm import synchronise
 from mambastyle.training.config import RunConfig
@@ -103,6 +104,8 @@ def train(config: RunConfig, make_task: Callable[[torch.device], Task]) -> Path:
     on_cpu = not torch.accelerator.is_available()
     # accelerate keeps the precision of a process's first run, and refuses another one to the next.
     AcceleratorState._reset_state()
+    computer = torch.accelerator.current_accelerator() or torch.device("cpu")
+    config = config.model_copy(update={"precision": check_precision(config.precision, computer)})
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if config.precision == "bf16" else "no")
     torch.manual_seed(config.seed)
     task = make_task(accelerator.device)
