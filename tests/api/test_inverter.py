@@ -266,6 +266,20 @@ def test_bfloat16_comes_near_and_gives_float32(inverter, tiny_model_folder, face
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
 
 
+def test_it_moves_to_another_precision_and_back_or_stays_as_it_is(tiny_model_folder, faces):
+    inverter = ms.load(tiny_model_folder, device="cpu")
+    exact = inverter.edit(faces, {"gender": 1.0})
+    assert inverter.to("cpu", "bf16") is inverter
+    assert not torch.equal(inverter.edit(faces, {"gender": 1.0}).ws, exact.ws)
+    with pytest.raises(ValueError, match="the device 'tpu9000' cannot be used"):
+        inverter.to("tpu9000", "fp32")
+    assert (inverter.device.type, inverter.precision) == ("cpu", "bf16")
+    again = inverter.to("cpu", "fp32").edit(faces, {"gender": 1.0})
+    # What directions were in the other precision is forgotten.
+    torch.testing.assert_close(again.ws, exact.ws, rtol=0, atol=0)
+    torch.testing.assert_close(again.feature, exact.feature, rtol=0, atol=0)
+
+
 @pytest.mark.thorough
 @pytest.mark.no_shape_checks
 def test_its_networks_may_be_compiled(inverter, tiny_model_folder, faces):

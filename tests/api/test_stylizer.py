@@ -290,3 +290,10 @@ def test_bfloat16_comes_near_and_gives_float32(stylizer, tiny_stylizer_folder):
         near = run(fast, PHOTO, STYLE, strength=strength)
         assert near.dtype == torch.float32
         assert 0 < (near - run(stylizer, PHOTO, STYLE, strength=strength)).abs().mean() < 0.02
+
+
+def test_it_moves_to_another_precision_and_back(tiny_stylizer_folder):
+    moved = ms.load(tiny_stylizer_folder, device="cpu")
+    exact = run(moved, PHOTO, STYLE)
+    assert not torch.equal(run(moved.to("cpu", "bf16"), PHOTO, STYLE), exact)
+    torch.testing.assert_close(run(moved.to("cpu", "fp32"), PHOTO, STYLE), exact, rtol=0, atol=0)

@@ -182,14 +182,24 @@ class Inverter:
             {f"model.{k}": t for k, t in model.state_dict().items()}
             | {f"generator.{k}": t for k, t in generator.state_dict().items()}
         )
-        self.device = find_device(device)
-        self.precision: Precision = check_precision(precision, self.device)
-        self.model = freeze(model, self.device)
-        self.generator = freeze(generator, self.device)
-        self.generator.synthesis.keep_kernels()
+        self.model, self.generator = model, generator
         self.features = features
+        self.to(device, precision)
+        self.generator.synthesis.keep_kernels()
+
+    def to(self, device: str | torch.device | None = None, precision: Precision | None = None) -> "Inverter":
+        """Move the networks to a device (default: an accelerator if there is one), and return the Inverter.
+
+        precision: as for `load`; as before if it is left out. ValueError for what cannot be had, and nothing
+        is moved then. Inversions live on the CPU and stay usable.
+        """
+        place = find_device(device)
+        self.precision: Precision = check_precision(precision or self.precision, place)
+        self.device = place
+        self.model, self.generator = freeze(self.model, place), freeze(self.generator, place)
         self._judge: tuple[str, Judge | None] | None = None
         self._direction_features: Recent[Tensor] = Recent(CACHED_DIRECTIONS)
+        return self
 
     def __repr__(self) -> str:
         return (

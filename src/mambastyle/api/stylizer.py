@@ -82,10 +82,21 @@ class Stylizer:
     ) -> None:
         self.name = name
         self.file = file
-        self.device = find_device(device)
-        self.precision: Precision = check_precision(precision, self.device)
-        self.network = freeze(network, self.device)
+        self.network = network
+        self.to(device, precision)
+
+    def to(self, device: str | torch.device | None = None, precision: Precision | None = None) -> "Stylizer":
+        """Move the network to a device (default: an accelerator if there is one), and return the Stylizer.
+
+        precision: as for `load`; as before if it is left out. ValueError for what cannot be had, and nothing
+        is moved then.
+        """
+        place = find_device(device)
+        self.precision: Precision = check_precision(precision or self.precision, place)
+        self.device = place
+        self.network = freeze(self.network, place)
         self._codes: Recent[Tensor] = Recent(CACHED_STYLES)
+        return self
 
     @classmethod
     def from_pretrained(
