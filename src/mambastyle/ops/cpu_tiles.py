@@ -19,6 +19,7 @@ from mambastyle.ops.cpu_vectors import (
     fma,
     fold_states,
     inlined,
+    instruction_set,
     load,
     load_states,
     logistic,
@@ -31,6 +32,10 @@ from mambastyle.ops.cpu_vectors import (
 )
 
 LINE_BYTES = 64  # what memory brings at once: sixteen floats
+# Where registers are shorter than vectors, A, h and the polynomial of exp2 do not fit into them together: the
+# decays of so many steps are computed ahead, which leaves them in the nearest cache.
+AHEAD = instruction_set()[1] < LANES
+SPAN = 32
 
 # ------------------------------------------------------------------------------------------------------------
 # Memory. Tiles come in bursts with much computing between them, and the processor does not see the next one
@@ -123,14 +128,30 @@ def clear(array, size):  # type: ignore
 
 
 @inlined
+def span(steps):  # type: ignore
+    """How many steps a loop over states takes at once."""
+    return SPAN if AHEAD else max(steps, 1)
+
+
+@inlined
+def compute_decays(A, A_at, d_tile, decay_tile, begin, end, origin):  # type: ignore
+    """decay_tile[step - origin, state] = exp2(d A), four states from A_at on."""
+    for number in range(STATES):
+        A_1 = load(A, A_at + number * LANES)
+        for step in range(begin, end):
+            at = ((step - origin) * STATES + number) * LANES
+            store(decay_tile, at, exp2(load(d_tile, step * LANES) * A_1))
+
+
+@inlined
 def scan_tile(  # type: ignore
-    A, A_at, bias, bias_at, D, D_at, h, h_at, B, C, entry, u_tile, d_tile, du_tile,
+    A, A_at, bias, bias_at, D, D_at, h, h_at, B, C, entry, u_tile, d_tile, du_tile, decay_tile,
     ahead, use_softplus, state, steps,
 ):  # fmt: skip
     """Runs all states from h, which becomes the state behind the tile; u_tile becomes y.
 
-    d_tile comes in without its bias and softplus. `ahead` has the plan of three tensors and of nothing, or is
-    None.
+    d_tile comes in without its bias and softplus; decay_tile is room for SPAN steps of four states. `ahead`
+    has the plan of three tensors and of nothing, or is None.
     """
     bias_lanes = load(bias, bias_at)
     D_lanes = load(D, D_at)
@@ -154,14 +175,22 @@ def scan_tile(  # type: ignore
         A_n = load_states(A, A_at + n * LANES)
         h_n = load_states(h, h_at + n * LANES)
         tensor = min(quad, 3)
-        for step in range(steps):
-            if ahead is not None:
-                fetch(ahead, tensor, step)
-            at = step * LANES
-            here = entry + step * state + n
-            drive = load(du_tile, at) * broadcast_states(B, here)
-            h_n = fma(exp2(load(d_tile, at) * A_n), h_n, drive)
-            store(u_tile, at, dot_states(h_n, broadcast_states(C, here), load(u_tile, at)))
+        for begin in range(0, steps, span(steps)):
+            end = min(begin + span(steps), steps)
+            if AHEAD:
+                compute_decays(A, A_at + n * LANES, d_tile, decay_tile, begin, end, begin)
+            for step in range(begin, end):
+                if ahead is not None:
+                    fetch(ahead, tensor, step)
+                at = step * LANES
+                here = entry + step * state + n
+                drive = load(du_tile, at) * broadcast_states(B, here)
+                if AHEAD:
+                    decay = load_states(decay_tile, (step - begin) * STATES * LANES)
+                else:
+                    decay = exp2(load(d_tile, at) * A_n)
+                h_n = fma(decay, h_n, drive)
+                store(u_tile, at, dot_states(h_n, broadcast_states(C, here), load(u_tile, at)))
         store(h, h_at + n * LANES, h_n)
     for n in range(quads * STATES, state):
         A_1 = load(A, A_at + n * LANES)
@@ -217,17 +246,24 @@ def scan_tile_back(  # type: ignore
         A_n = load_states(A, A_at + n * LANES)
         h = load_states(starts, h_at + n * LANES)
         tensor = min(2 * quad, 5)
-        for step in range(steps):
-            if ahead is not None:
-                fetch(ahead, tensor, step)
-            at = step * LANES
-            here = step * state + n
-            decay = exp2(load(d_tile, at) * A_n)
-            kept = decay * h
-            h = fma(load(du_tile, at), broadcast_states(B, entry + here), kept)
-            store(decay_tile, at * STATES, decay)
-            store(kept_tile, at * STATES, kept)
-            put(gC_tile, (step * quads + quad) * LANES, fold_states(load(gy_tile, at) * h), accumulate)
+        for begin in range(0, steps, span(steps)):
+            end = min(begin + span(steps), steps)
+            if AHEAD:
+                compute_decays(A, A_at + n * LANES, d_tile, decay_tile, begin, end, 0)
+            for step in range(begin, end):
+                if ahead is not None:
+                    fetch(ahead, tensor, step)
+                at = step * LANES
+                here = step * state + n
+                if AHEAD:
+                    decay = load_states(decay_tile, at * STATES)
+                else:
+                    decay = exp2(load(d_tile, at) * A_n)
+                    store(decay_tile, at * STATES, decay)
+                kept = decay * h
+                h = fma(load(du_tile, at), broadcast_states(B, entry + here), kept)
+                store(kept_tile, at * STATES, kept)
+                put(gC_tile, (step * quads + quad) * LANES, fold_states(load(gy_tile, at) * h), accumulate)
         gh_n = load_states(gh, gh_at + n * LANES)
         gA_n = load_states(gA, gA_at + n * LANES)
         tensor = min(2 * quad + 1, 5)

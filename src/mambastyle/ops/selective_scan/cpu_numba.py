@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mambastyle.ops.cpu_threads import run_ranges
-from mambastyle.ops.cpu_tiles import add, clear, plan, scan_tile, scan_tile_back, slots, sum_lanes
+from mambastyle.ops.cpu_tiles import SPAN, add, clear, plan, scan_tile, scan_tile_back, slots, sum_lanes
 from mambastyle.ops.cpu_vectors import (
     LANES,
     LOG2_E,
@@ -98,6 +98,8 @@ def _scan_forward(  # type: ignore
     h_lanes = scratch[used : used + state * LANES]
     used += state * LANES
     parameter = scratch[used : used + 2 * LANES]  # bias and D
+    used += 2 * LANES
+    decay_tile = scratch[used : used + SPAN * STATES * LANES]
     ahead = np.empty(8, np.int64)
     plan(ahead, 3, address(scratch), 0)
     for block in range(first, end):
@@ -128,7 +130,7 @@ def _scan_forward(  # type: ignore
             plan(ahead, 2, address(y) + following * 4, length * 4)
             scan_tile(
                 A_lanes, 0, parameter, 0, parameter, LANES, h_lanes, 0, B, C, now,
-                y_tile, d_tile, du_tile, ahead, use_softplus, state, steps,
+                y_tile, d_tile, du_tile, decay_tile, ahead, use_softplus, state, steps,
             )  # fmt: skip
             _store_tile(y_tile, y, data + start, length, steps, rows)
         for lane in range(rows):
@@ -280,7 +282,7 @@ def scan_op(
     arrays += [_per_channel(D, u), _per_channel(delta_bias, u)]
     outputs = [x.view(-1).numpy() for x in (y, last, starts)]
     sizes = (channels, groups, length, state, _image_step(A, 3, channels), _image_step(D, 2, channels))
-    scratch = (3 * CHUNK + 2 * state + 2) * LANES
+    scratch = (3 * CHUNK + SPAN * STATES + 2 * state + 2) * LANES
 
     def work(first: int, end: int) -> None:
         _scan_forward(

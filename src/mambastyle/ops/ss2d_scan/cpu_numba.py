@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mambastyle.ops.cpu_threads import run_ranges
-from mambastyle.ops.cpu_tiles import clear, put, scan_tile, scan_tile_back, slots, sum_lanes
+from mambastyle.ops.cpu_tiles import SPAN, clear, put, scan_tile, scan_tile_back, slots, sum_lanes
 from mambastyle.ops.cpu_vectors import (
     LANES,
     LN_2,
@@ -152,6 +152,8 @@ def _ss2d_forward(  # type: ignore
     C_tile = scratch[used : used + CHUNK * state + LANES]
     used += CHUNK * state + LANES
     h_lanes = scratch[used : used + blocks * state * LANES]
+    used += blocks * state * LANES
+    decay_tile = scratch[used : used + SPAN * STATES * LANES]
     for task in range(first, end):
         image = task // splits
         first_block = blocks * (task % splits) // splits
@@ -187,7 +189,7 @@ def _ss2d_forward(  # type: ignore
                     )  # fmt: skip
                     scan_tile(
                         parameters, A_start, parameters, bias, parameters, bias + LANES, h_lanes, h_start,
-                        B_tile, C_tile, 0, y_tile, d_tile, du_tile, None, True, state, steps,
+                        B_tile, C_tile, 0, y_tile, d_tile, du_tile, decay_tile, None, True, state, steps,
                     )  # fmt: skip
                     _scatter_add(y_tile, write, here, y, data, channels, steps, rows)
 
@@ -375,7 +377,7 @@ def scan_op(
     (dt_array, dt_steps), (B_array, B_steps), (C_array, C_steps) = (_rows(x) for x in (dt, B, C))
     arrays = (_flat(u), dt_array, B_array, C_array, *(_flat(x) for x in (parameters, read, write, y, starts)))
     sizes = (dt_steps, B_steps, C_steps, *_sizes(u, dt, B, parameters))
-    scratch = 3 * CHUNK * LANES + CHUNK * (rank + 2 * state) + 3 * LANES + _blocks(channels) * state * LANES
+    scratch = (3 * CHUNK + SPAN * STATES + _blocks(channels) * state + 3) * LANES + CHUNK * (rank + 2 * state)
 
     def work(first: int, end: int) -> None:
         memory = u.new_empty(scratch, dtype=torch.float32).numpy()
