@@ -153,21 +153,21 @@ def _ints(value: int) -> ir.Constant:
 
 
 def _lane_order(lanes: list[int]) -> ir.Constant:
-    return ir.Constant(_INTS, [ir.Constant(_INT, lane) for lane in lanes])
+    return ir.Constant(ir.VectorType(_INT, len(lanes)), [ir.Constant(_INT, lane) for lane in lanes])
 
 
 def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
     return builder.gep(context.make_array(array_type)(context, builder, array).data, [index])
 
 
-def _load(builder: Any, address: Any) -> Any:
-    loaded = builder.load(builder.bitcast(address, _FLOATS.as_pointer()))
+def _load(builder: Any, address: Any, vector: ir.Type = _FLOATS) -> Any:
+    loaded = builder.load(builder.bitcast(address, vector.as_pointer()))
     loaded.align = 4
     return loaded
 
 
 def _store(builder: Any, value: Any, address: Any) -> None:
-    builder.store(value, builder.bitcast(address, _FLOATS.as_pointer()), align=4)
+    builder.store(value, builder.bitcast(address, value.type.as_pointer()), align=4)
 
 
 def _splat(builder: Any, value: Any) -> Any:
@@ -517,28 +517,40 @@ def sum_rows(typing_context, array, index):  # type: ignore
 def transpose(typing_context, source, start, row_step, target, target_start, target_row_step):  # type: ignore
     """target[target_start + c * target_row_step + r] = source[start + r * row_step + c] for r, c in 0..15.
 
-    Four rounds of exchanging halves (Eklundh): in each, rows k and k + d swap blocks of d lanes.
+    By squares that fit into the registers, each in rounds of exchanging halves (Eklundh): in each, rows k and
+    k + d swap blocks of d lanes.
     """
 
     def generate(context, builder, signature, arguments):
         source, start, row_step, target, target_start, target_row_step = arguments
+        _, side = instruction_set()
+        vector = ir.VectorType(_FLOAT, side)
 
-        def row(array_type, array, first, step, number):
-            index = builder.add(first, builder.mul(step, ir.Constant(step.type, number)))
+        def at(array_type, array, first, step, row, column):
+            index = builder.add(first, builder.mul(step, ir.Constant(step.type, row)))
+            index = builder.add(index, ir.Constant(index.type, column))
             return _address(context, builder, array_type, array, index)
 
-        rows = [_load(builder, row(signature.args[0], source, start, row_step, r)) for r in range(LANES)]
-        distance = LANES // 2
-        while distance:
-            low = _lane_order([c if not c & distance else LANES + (c ^ distance) for c in range(LANES)])
-            high = _lane_order([c | distance if not c & distance else LANES + c for c in range(LANES)])
-            for upper in (r for r in range(LANES) if not r & distance):
-                pair = rows[upper], rows[upper + distance]
-                rows[upper] = builder.shuffle_vector(*pair, low)
-                rows[upper + distance] = builder.shuffle_vector(*pair, high)
-            distance //= 2
-        for r, value in enumerate(rows):
-            _store(builder, value, row(signature.args[3], target, target_start, target_row_step, r))
+        def square(top, left):
+            places = [(top + r, left) for r in range(side)]
+            rows = [at(signature.args[0], source, start, row_step, *place) for place in places]
+            rows = [_load(builder, row, vector) for row in rows]
+            distance = side // 2
+            while distance:
+                low = _lane_order([c if not c & distance else side + (c ^ distance) for c in range(side)])
+                high = _lane_order([c | distance if not c & distance else side + c for c in range(side)])
+                for upper in (r for r in range(side) if not r & distance):
+                    pair = rows[upper], rows[upper + distance]
+                    rows[upper] = builder.shuffle_vector(*pair, low)
+                    rows[upper + distance] = builder.shuffle_vector(*pair, high)
+                distance //= 2
+            for c, value in enumerate(rows):
+                address = at(signature.args[3], target, target_start, target_row_step, left + c, top)
+                _store(builder, value, address)
+
+        for top in range(0, LANES, side):
+            for left in range(0, LANES, side):
+                square(top, left)
         return context.get_dummy_value()
 
     return types.void(source, *[types.intp] * 2, target, *[types.intp] * 2), generate
