@@ -33,6 +33,7 @@ COLUMNS = {
     "count": "N",
     "strength": "strength",
     "changed": "judged as having it",
+    "judge_recall_on_originals": "of A judged so",
     **{
         f"{distance}_{network}{pair}": f"{HEADINGS[f'{distance}_{network}']}({sets})"
         for network in ("inception", "squeeze", "small")
@@ -143,7 +144,8 @@ def compare(
             "A: originals with the attribute; B: originals without it (N of them); B': B edited. The protocol"
             " of the field is the distance of A and B'; the paper's text says B and B'.",
             "judged as having it: by a classifier that was trained on other pictures than the one behind the"
-            " directions.",
+            " directions; of A judged so: what it says of real pictures with the attribute, so that an edit"
+            " which reaches that is as convincing as they are.",
             "identity, similarity: cosine between an original and its edit in ArcFace or our small network.",
             f"changed region: the {CHANGED:.0%} of a picture's pixels that |G(w + d) - G(w)| at the largest"
             " strength, blurred, changes most.",
