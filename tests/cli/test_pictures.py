@@ -47,6 +47,18 @@ def test_invert_writes_pictures_beside_saved_inversions(run, faces):
         assert picture.size == (16, 16)
 
 
+def test_invert_into_its_own_folder_takes_its_outputs_for_none_of_its_inputs(run, faces):
+    folder = faces[0].parent
+    assert run("invert", folder, "--out", folder)[0] == 0
+    before = names(folder)
+    code, out, err = run("invert", folder, "--out", folder)
+    assert (code, names(folder)) == (0, before)
+    assert "3 done" in out
+    assert "3 left out that lie beside a saved inversion" in err
+    # One that is named is meant.
+    assert "1 done" in run("invert", folder / "face0.inversion.png")[1]
+
+
 @pytest.mark.no_shape_checks
 def test_invert_by_another_method_is_edited_like_any_other(run, faces, monkeypatch):
     monkeypatch.delenv("MAMBASTYLE_SQUEEZENET", raising=False)

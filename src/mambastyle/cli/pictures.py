@@ -98,7 +98,7 @@ def invert(
         mambastyle invert faces/ 'more/**/*.jpg' --out out --format jpg
     """
     batch = Batch()
-    paths = batch.find(inputs)
+    paths = _without_outputs(batch.find(inputs), inputs, batch)
     if paths:
         inverter = _load(model, device, precision, batch_size)
         names = stems(paths)
@@ -245,6 +245,20 @@ def render(
                     batch.done += 1
                 bar.advance(bar.task_ids[0], 1)
     batch.finish(out)
+
+
+def _without_outputs(paths: Sequence[Path], inputs: Sequence[str], batch: Batch) -> list[Path]:
+    """The pictures of folders and globs less those that were rendered from a saved inversion beside them, as
+    in a folder that is also --out: the second call would invert what the first one made.
+    """
+    named = {Path(source).expanduser() for source in inputs}
+    kept = [path for path in paths if path in named or not path.with_suffix(SAVED).is_file()]
+    if left := len(paths) - len(kept):
+        batch.notes.append(
+            f"{left} left out that lie beside a saved inversion of the same name, from which they were"
+            " rendered (name the file to invert it)"
+        )
+    return kept
 
 
 def _without_rendered(paths: Sequence[Path]) -> list[Path]:
