@@ -103,6 +103,11 @@ def test_cost_is_measured_in_units_that_make_sense(tiny_model_folder, monkeypatc
     assert row["memory"] is None or row["memory"] >= 0
 
 
+def test_the_table_of_cost_says_which_precision_auto_was(monkeypatch):
+    monkeypatch.setattr("mambastyle.compute.has_bfloat16", lambda device: True)
+    assert timing.run("model", [], device="cpu", precision="auto").title.endswith("threads, bf16")
+
+
 def _plain(values):
     return {
         key: list(map(_listed, value)) if isinstance(value, tuple) else value for key, value in values.items()

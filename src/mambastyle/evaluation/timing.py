@@ -12,7 +12,7 @@ import torch
 from mambastyle.api import load_inverter
 from mambastyle.api.inputs import find_device
 from mambastyle.api.methods import MethodName
-from mambastyle.compute import Precision
+from mambastyle.compute import Precision, check_precision
 from mambastyle.evaluation.inversion import TITLES, Method
 from mambastyle.evaluation.memory import peak_memory
 from mambastyle.evaluation.table import Table
@@ -42,6 +42,7 @@ def run(
     Times are medians over `repeats` after a warm-up (an optimiser: one run); memory is what inverting a batch
     adds to the process, weights included.
     """
+    precision = check_precision(precision, find_device(device))
     table = Table(
         f"Cost of inverting and rendering with {Path(model).name}, batch {batch}, "
         f"{torch.get_num_threads()} threads, {precision}",
