@@ -34,7 +34,7 @@ from mambastyle.ops.cpu_vectors import (
 LINE_BYTES = 64  # what memory brings at once: sixteen floats
 # Where registers are shorter than vectors, A, h and the polynomial of exp2 do not fit into them together: the
 # decays of so many steps are computed ahead, which leaves them in the nearest cache.
-AHEAD = instruction_set()[1] < LANES
+DECAYS_FIRST = instruction_set()[1] < LANES
 SPAN = 32
 
 # ------------------------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def clear(array, size):  # type: ignore
 @inlined
 def span(steps):  # type: ignore
     """How many steps a loop over states takes at once."""
-    return SPAN if AHEAD else max(steps, 1)
+    return SPAN if DECAYS_FIRST else max(steps, 1)
 
 
 @inlined
@@ -177,7 +177,7 @@ def scan_tile(  # type: ignore
         tensor = min(quad, 3)
         for begin in range(0, steps, span(steps)):
             end = min(begin + span(steps), steps)
-            if AHEAD:
+            if DECAYS_FIRST:
                 compute_decays(A, A_at + n * LANES, d_tile, decay_tile, begin, end, begin)
             for step in range(begin, end):
                 if ahead is not None:
@@ -185,7 +185,7 @@ def scan_tile(  # type: ignore
                 at = step * LANES
                 here = entry + step * state + n
                 drive = load(du_tile, at) * broadcast_states(B, here)
-                if AHEAD:
+                if DECAYS_FIRST:
                     decay = load_states(decay_tile, (step - begin) * STATES * LANES)
                 else:
                     decay = exp2(load(d_tile, at) * A_n)
@@ -248,14 +248,14 @@ def scan_tile_back(  # type: ignore
         tensor = min(2 * quad, 5)
         for begin in range(0, steps, span(steps)):
             end = min(begin + span(steps), steps)
-            if AHEAD:
+            if DECAYS_FIRST:
                 compute_decays(A, A_at + n * LANES, d_tile, decay_tile, begin, end, 0)
             for step in range(begin, end):
                 if ahead is not None:
                     fetch(ahead, tensor, step)
                 at = step * LANES
                 here = step * state + n
-                if AHEAD:
+                if DECAYS_FIRST:
                     decay = load_states(decay_tile, at * STATES)
                 else:
                     decay = exp2(load(d_tile, at) * A_n)

@@ -104,7 +104,8 @@ def train(config: RunConfig, make_task: Callable[[torch.device], Task]) -> Path:
     on_cpu = not torch.accelerator.is_available()
     # accelerate keeps the precision of a process's first run, and refuses another one to the next.
     AcceleratorState._reset_state()
-    computer = torch.accelerator.current_accelerator() or torch.device("cpu")
+    found = None if on_cpu else torch.accelerator.current_accelerator()
+    computer = found or torch.device("cpu")
     config = config.model_copy(update={"precision": check_precision(config.precision, computer)})
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if config.precision == "bf16" else "no")
     torch.manual_seed(config.seed)
