@@ -72,7 +72,7 @@ evaluate: $(STAMP)
 		--method mean-w $(foreach model,$(EVALUATE_ALSO),--also $(model)) --report out/evaluate/encoders
 	$(BIN)/mambastyle evaluate paper --pack $(PACK) --judge $(WEIGHTS)/judge.safetensors --count $(EVALUATE_COUNT) \
 		$(foreach model,$(EVALUATE_ALSO),--also $(model)) $(foreach way,$(EVALUATE_METHODS),--method $(way)) \
-		--report out/evaluate/methods
+		--keep-in out/evaluate/found --report out/evaluate/methods
 
 # Trains what is missing, goes on with what was interrupted, then compares all of it.
 train_each = set -e; for name in $(2); do for seed in $(ABLATION_SEEDS); do \

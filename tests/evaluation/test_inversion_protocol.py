@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from mambastyle import checkpoints
 from mambastyle.api import Inverter
 from mambastyle.evaluation import inversion
 from mambastyle.evaluation.inversion import Method
@@ -147,6 +148,38 @@ def test_other_ways_use_the_first_models_generator(tiny_model_folder):
         (None, 3, 2),
         (None, 3, None),
     ]
+
+
+def test_interrupted_evaluation_goes_on_with_what_was_found(
+    tiny_model_folder, pictures, tmp_path, monkeypatch
+):
+    folder = tmp_path / "found"
+
+    def load(steps=3, keep_in=folder):
+        kind = {"others": [("optimise", steps)], "keep_in": keep_in, "device": "cpu"}
+        return inversion.load_methods({"ours": tiny_model_folder}, **kind)[1]
+
+    whole = inversion.invert_all(load(keep_in=None), pictures)
+    method = load()
+    inversion.invert_all(method, pictures[:2], batch=1)
+    assert len(list(folder.iterdir())) == 2
+    searched = []
+    invert = method.inverter.invert
+    monkeypatch.setattr(
+        method.inverter, "invert", lambda image, **kind: searched.append(len(image)) or invert(image, **kind)
+    )
+    rest = inversion.invert_all(method, pictures)
+    assert searched == [1]
+    kept = [checkpoints.read_header(path).card["seconds"] for path in folder.iterdir()]
+    assert len(kept) == 3
+    assert rest.seconds > sum(kept) > 0
+    torch.testing.assert_close(rest.rendered, whole.rendered, rtol=0, atol=1e-4)
+    assert sum(map(len, rest.inverted)) == len(pictures)
+    assert inversion.invert_all(method, pictures).rendered.equal(rest.rendered)
+    assert searched == [1]
+    # Another number of steps is another method.
+    inversion.invert_all(load(steps=4), pictures[:1])
+    assert len(list(folder.iterdir())) == 4
 
 
 def test_perfect_inversion_has_no_distance(judges, pictures):

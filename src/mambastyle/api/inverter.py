@@ -9,7 +9,7 @@ inverter.render(edited).save("edited.png")           # fuse and synthesise: a PI
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -304,7 +304,7 @@ class Inverter:
         method: MethodName = "encoder",
         steps: int | None = None,
         seed: int = 0,
-        progress: Callable[[float], None] | None = None,
+        progress: Callable[[float], object] | None = None,
     ) -> Inverted:
         """Find the latents of pictures, one or many: by the encoder, or as `method` says (api.METHODS).
 
@@ -427,15 +427,25 @@ class Inverter:
             return pictures[0] if inverted.single else np.stack(pictures)
         return pictures[0] if inverted.single else pictures
 
-    def save_inversion(self, path: str | os.PathLike[str], inverted: Inverted) -> None:
-        """Write what `invert` or `edit` gave as one safetensors file, to be edited again without encoding."""
+    def save_inversion(
+        self, path: str | os.PathLike[str], inverted: Inverted, *, card: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write what `invert` or `edit` gave as one safetensors file, to be edited again without encoding.
+
+        card: what else to say of it, as JSON can; `checkpoints.read_header` gives it back.
+        """
         self._check_model(inverted.model, "this inversion")
         tensors = {"ws": inverted.ws, "offset": inverted.offset}
         if inverted.feature is not None:
             tensors["feature"] = inverted.feature
         tensors |= {f"{_TUNED}{name}": rows for name, rows in (inverted.tuned or {}).items()}
-        config = {"model": self.model_hash, "model_name": self.name, "names": inverted.names}
-        checkpoints.save(path, tensors, kind=INVERSION_KIND, config=config | {"single": inverted.single})
+        config: dict[str, Any] = {
+            "model": self.model_hash,
+            "model_name": self.name,
+            "names": inverted.names,
+            "single": inverted.single,
+        }
+        checkpoints.save(path, tensors, kind=INVERSION_KIND, config=config, card=card)
 
     def load_inversion(self, path: str | os.PathLike[str]) -> Inverted:
         """Read what `save_inversion` wrote; raises CheckpointError when another model made it."""

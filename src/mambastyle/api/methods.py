@@ -76,7 +76,7 @@ class Search:
     def invert(
         self,
         image: Float[Tensor, "batch 3 side side"],
-        progress: Callable[[float], None] | None = None,
+        progress: Callable[[float], object] | None = None,
     ) -> tuple[Inversion, Tuned | None]:
         """The inversion of a batch, and what "pti" adds to the generator.
 
@@ -104,7 +104,7 @@ class Search:
         self,
         target: Tensor,
         settings: Projection,
-        progress: Callable[[float], None] | None,
+        progress: Callable[[float], object] | None,
         start: Inversion | None = None,
         share: float = 1.0,
     ) -> Inversion:
@@ -125,7 +125,7 @@ class Search:
         )
 
     def _pivot_and_tune(
-        self, target: Tensor, progress: Callable[[float], None] | None
+        self, target: Tensor, progress: Callable[[float], object] | None
     ) -> tuple[Inversion, Tuned]:
         """The pivots of a batch together, then one generator after another."""
         settings = PivotalTuning()
@@ -165,7 +165,7 @@ class Search:
         return self._spread
 
 
-def _telling(progress: Callable[[float], None] | None, part: float) -> Callable[[], None] | None:
+def _telling(progress: Callable[[float], object] | None, part: float) -> Callable[[], object] | None:
     """What tells of one step, which is `part` of a picture."""
     return None if progress is None else lambda: progress(part)
 

@@ -62,6 +62,14 @@ Ways = Annotated[
 WaysCount = Annotated[
     int | None, typer.Option("--method-count", min=2, help="Only so many pictures for methods that optimise.")
 ]
+KeepIn = Annotated[
+    Path | None,
+    typer.Option(
+        "--keep-in",
+        metavar="FOLDER",
+        help="Keep there what methods that optimise find, and take from there what an earlier run found.",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Of what methods draw.")]
 JudgeFiles = Annotated[
     list[str] | None,
@@ -94,6 +102,7 @@ def inversion(
     latents_alone: LatentsAlone = False,
     ways: Ways = None,
     ways_count: WaysCount = None,
+    keep_in: KeepIn = None,
     optimise: Annotated[
         list[int] | None, typer.Option(help="The same as --method optimise:STEPS; may be given again.")
     ] = None,
@@ -121,6 +130,7 @@ def inversion(
             w_plus_only=(_LATENTS_ALONE,),
             others=_ways([*(ways or []), *(f"optimise:{steps}" for steps in optimise or [])]),
             others_count=ways_count,
+            keep_in=keep_in,
             seed=seed,
             count=count,
             batch=batch_size,
@@ -145,6 +155,7 @@ def editing(
     latents_alone: LatentsAlone = False,
     ways: Ways = None,
     ways_count: WaysCount = None,
+    keep_in: KeepIn = None,
     weights: JudgeFiles = None,
     strengths: Annotated[str, typer.Option(help="The strengths, with commas.")] = "0,0.5,1,1.5,2,3",
     status: Annotated[
@@ -176,6 +187,7 @@ def editing(
         w_plus_only=(_LATENTS_ALONE,),
         others=_ways(ways),
         others_count=ways_count,
+        keep_in=keep_in,
         seed=seed,
         count=count,
         judges=_judges(weights),
@@ -195,6 +207,7 @@ def paper(
     latents_alone: LatentsAlone = False,
     ways: Ways = None,
     ways_count: WaysCount = None,
+    keep_in: KeepIn = None,
     strength: Strength = 1.5,
     weights: JudgeFiles = None,
     seed: Seed = 0,
@@ -213,6 +226,7 @@ def paper(
         w_plus_only=(_LATENTS_ALONE,),
         others=_ways(ways),
         others_count=ways_count,
+        keep_in=keep_in,
         strength=strength,
         seed=seed,
         count=count,

@@ -212,6 +212,7 @@ def run(
     w_plus_only: Iterable[str] = (),
     others: Iterable[tuple[MethodName, int | None]] = (),
     others_count: int | None = None,
+    keep_in: str | Path | None = None,
     seed: int = 0,
     count: int | None = None,
     judges: Judges | None = None,
@@ -220,11 +221,17 @@ def run(
 ) -> Table:
     """The editing table for models on disk, on the test split of a pack with the columns gender and status.
 
-    models, w_plus_only, others, others_count: as of `inversion.load_methods`. directions, judge: their files;
-    the judge must not be the classifier that labelled the pictures behind the directions.
+    models to keep_in: as of `inversion.load_methods`. directions, judge: their files; the judge must not be
+    the classifier that labelled the pictures behind the directions.
     """
     methods = load_methods(
-        models, w_plus_only=w_plus_only, others=others, others_count=others_count, seed=seed, device=device
+        models,
+        w_plus_only=w_plus_only,
+        others=others,
+        others_count=others_count,
+        keep_in=keep_in,
+        seed=seed,
+        device=device,
     )
     network = small.load(judge)
     edits = standard_edits(list(Directions.load(directions).values()), statuses)

@@ -5,8 +5,9 @@ pivotal tuning, the average. Perceptual and Frechet distances carry the name of 
 """
 
 import dataclasses
+import hashlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from mambastyle import images
+from mambastyle import checkpoints, images
 from mambastyle.api import Inverted, Inverter, load_inverter
 from mambastyle.api.methods import MethodName
 from mambastyle.compute import Precision
@@ -52,7 +53,8 @@ class Method:
     """A model and a way to invert with it, on pictures in [-1, 1] of the generator's size.
 
     use_feature: False renders an encoder's latents alone. count: only the first so many pictures of a set,
-    for methods that take seconds a picture.
+    for methods that take seconds a picture. keep_in: a folder for what such methods find, a file a picture,
+    so that an interrupted evaluation goes on where it was.
     """
 
     name: str
@@ -62,10 +64,22 @@ class Method:
     seed: int = 0
     use_feature: bool = True
     count: int | None = None
+    keep_in: Path | None = None
 
-    def invert(self, pictures: Float[Tensor, "batch 3 height width"]) -> Inverted:
-        """The latents of a batch, and what else its rendering takes."""
-        found = self.inverter.invert(pictures, method=self.how, steps=self.steps, seed=self.seed)
+    @property
+    def optimises(self) -> bool:
+        """Whether it takes seconds a picture, and not one pass."""
+        return self.how not in ("encoder", "mean-w")
+
+    def invert(
+        self,
+        pictures: Float[Tensor, "batch 3 height width"],
+        progress: Callable[[float], object] | None = None,
+    ) -> Inverted:
+        """The latents of a batch, and what else its rendering takes; progress: as of `Inverter.invert`."""
+        found = self.inverter.invert(
+            pictures, method=self.how, steps=self.steps, seed=self.seed, progress=progress
+        )
         return found if self.use_feature else dataclasses.replace(found, feature=None)
 
     def render(
@@ -106,20 +120,65 @@ def invert_all(
     """Invert and render a set, or its first `method.count` pictures, batch by batch, after a warm-up.
 
     The warm-up (compiling, allocating) is one picture for an encoder; an optimiser runs long enough to need
-    none. keep: False lets the inversions go, which for tuned generators are megabytes each.
+    none, and its seconds count those of pictures that an earlier run found (`Method.keep_in`). keep: False
+    lets the inversions go, which for tuned generators are megabytes each.
     """
     pictures = pictures[: method.count]
     if method.how == "encoder":
         method.render(method.invert(pictures[:1]))
-    found, rendered = [], []
+    found, rendered, earlier = [], [], 0.0
+    # Parts of pictures count: one that is optimised takes seconds.
+    shown = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}]"
+    bar = tqdm(total=len(pictures), desc=method.name, disable=not progress, leave=False, bar_format=shown)
     _synchronise(pictures)
     started = time.perf_counter()
-    for part in tqdm(pictures.split(batch), desc=method.name, disable=not progress, leave=False):
-        inverted = method.invert(part)
-        rendered.append(method.render(inverted))
-        found += [inverted] if keep else []
+    with bar:
+        for part in pictures.split(batch):
+            if method.keep_in is not None and method.optimises:
+                inversions, seconds = _kept(method, method.keep_in, part, bar.update)
+                earlier += seconds
+            else:
+                inversions = [method.invert(part, bar.update)]
+            rendered += [method.render(inverted) for inverted in inversions]
+            found += inversions if keep else []
     _synchronise(pictures)
-    return Found(found, torch.cat(rendered), time.perf_counter() - started)
+    return Found(found, torch.cat(rendered), earlier + time.perf_counter() - started)
+
+
+def _kept(
+    method: Method,
+    folder: Path,
+    pictures: Float[Tensor, "batch 3 height width"],
+    progress: Callable[[float], object],
+) -> tuple[list[Inverted], float]:
+    """Each picture's inversion, read or else found and written, and the seconds that those read had taken."""
+    judge, _ = method.inverter.judge
+    how = f"{method.inverter.model_hash} {method.how} {method.steps} {method.seed} {judge} ".encode()
+    paths = [
+        folder / f"{hashlib.sha256(how + picture.cpu().numpy().tobytes()).hexdigest()[:32]}.safetensors"
+        for picture in pictures
+    ]
+    missing = [index for index, path in enumerate(paths) if not path.exists()]
+    earlier = sum(
+        checkpoints.read_header(path).card["seconds"]
+        for index, path in enumerate(paths)
+        if index not in missing
+    )
+    progress(len(paths) - len(missing))
+    if missing:
+        started = time.perf_counter()
+        inverted = method.invert(pictures[missing], progress)
+        _synchronise(pictures)
+        card = {
+            "method": method.how,
+            "steps": method.steps,
+            "seed": method.seed,
+            "judge": judge,
+            "seconds": (time.perf_counter() - started) / len(missing),
+        }
+        for one, index in zip(inverted, missing, strict=True):
+            method.inverter.save_inversion(paths[index], one, card=card)
+    return [method.inverter.load_inversion(path) for path in paths], earlier
 
 
 @torch.no_grad()
@@ -270,6 +329,7 @@ def load_methods(
     w_plus_only: Iterable[str] = (),
     others: Iterable[tuple[MethodName, int | None]] = (),
     others_count: int | None = None,
+    keep_in: str | Path | None = None,
     seed: int = 0,
     device: Any = None,
     precision: Precision = "fp32",
@@ -277,8 +337,8 @@ def load_methods(
     """The encoders of models on disk, and other ways to invert with the first of them.
 
     models: name -> preset or folder. w_plus_only: names whose feature is not rendered. others: ways and
-    their steps (None for each one's own number), on the first `others_count` pictures. precision: of what
-    does not optimise.
+    their steps (None for each one's own number), on the first `others_count` pictures. keep_in: a folder for
+    what they find, which a later run takes from there. precision: of what does not optimise.
     """
     alone = set(w_plus_only)
     methods = [
@@ -288,7 +348,8 @@ def load_methods(
     for how, steps in others:
         name = TITLES[how] + ("" if steps is None else f", {steps} steps")
         count = None if how == "mean-w" else others_count
-        methods.append(Method(name, methods[0].inverter, how, steps, seed, count=count))
+        kept = None if keep_in is None else Path(keep_in)
+        methods.append(Method(name, methods[0].inverter, how, steps, seed, count=count, keep_in=kept))
     return methods
 
 
@@ -309,6 +370,7 @@ def run(
     w_plus_only: Iterable[str] = (),
     others: Iterable[tuple[MethodName, int | None]] = (),
     others_count: int | None = None,
+    keep_in: str | Path | None = None,
     seed: int = 0,
     count: int | None = None,
     batch: int = 32,
@@ -326,6 +388,7 @@ def run(
         w_plus_only=w_plus_only,
         others=others,
         others_count=others_count,
+        keep_in=keep_in,
         seed=seed,
         device=device,
         precision=precision,
@@ -357,7 +420,7 @@ def _notes(height: int, width: int, methods: Sequence[Method]) -> list[str]:
     ]
     if methods[0].inverter.precision != "fp32":
         notes.append("Products and convolutions in bfloat16, but for methods that optimise.")
-    optimising = [method for method in methods if method.how not in ("encoder", "mean-w")]
+    optimising = [method for method in methods if method.optimises]
     if optimising:
         judge, _ = optimising[0].inverter.judge
         notes.append(

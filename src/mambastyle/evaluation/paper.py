@@ -27,6 +27,7 @@ def run(
     w_plus_only: Iterable[str] = (),
     others: Sequence[tuple[MethodName, int | None]] = (),
     others_count: int | None = None,
+    keep_in: str | Path | None = None,
     strength: float = STRENGTH,
     seed: int = 0,
     count: int | None = None,
@@ -36,7 +37,13 @@ def run(
 ) -> Table:
     """Table 1 for models on disk (see `inversion.load_methods`): per edit a column of fd(A, B')."""
     methods = load_methods(
-        models, w_plus_only=w_plus_only, others=others, others_count=others_count, seed=seed, device=device
+        models,
+        w_plus_only=w_plus_only,
+        others=others,
+        others_count=others_count,
+        keep_in=keep_in,
+        seed=seed,
+        device=device,
     )
     network = small.load(judge)
     edits = standard_edits(list(Directions.load(directions).values()), ("noble", "warrior"))

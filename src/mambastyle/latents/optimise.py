@@ -118,7 +118,7 @@ def optimise_latents(
     spread: Spread | None = None,
     fuse: Callable[[Tensor], Tensor] | None = None,
     seed: int = 0,
-    on_step: Callable[[], None] | None = None,
+    on_step: Callable[[], object] | None = None,
 ) -> Inversion:
     """Latents (and the feature, where `start` has one) whose picture is `image`: least L2 + perceptual.
 
@@ -175,7 +175,7 @@ def tune_generator(
     judge: Judge | None,
     spread: Spread | None = None,
     seed: int = 0,
-    on_step: Callable[[], None] | None = None,
+    on_step: Callable[[], object] | None = None,
 ) -> Tuned:
     """What to add to the generator's tensors so that the pivot (less w_avg) gives the picture (section 3.2).
 
