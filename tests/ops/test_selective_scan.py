@@ -22,6 +22,8 @@ SHAPES = [
     (2, 1, 37, 3, 64, True, False),
     (1, 4, 20, 16, 191, False, True),
     (1, 2, 32, 1, 333, True, True),
+    (2, 3, 7, 1, 150, True, False),
+    (1, 2, 18, 1, 256, False, True),
     (2, 4, 3, 5, 17, False, False),
     (3, 1, 1, 4, 65, True, True),
     (9, 2, 40, 6, 130, False, True),
@@ -251,6 +253,26 @@ def test_extreme_steps_forget_or_keep_and_nan_shows(backend):
     y = selective_scan(u, delta, A, one, one, delta_softplus=True, backend=backend)
     assert y[0, 0, :2].isfinite().all()
     assert y[0, 0, 2:].isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rate", [3.0, 6.0, 25.0])
+def test_a_state_may_grow_as_far_as_float32_reaches(rate, backend):
+    """A product of decays may leave its range before the state does, in one channel and late."""
+    inputs = make_inputs(batch=1, groups=1, group=19, state=1, length=150, dtype=torch.float64)
+    inputs["delta"] = torch.zeros_like(inputs["delta"])
+    inputs["delta"][0, 3, 132:136] = 1
+    inputs["delta_bias"].zero_()
+    inputs["A"][3] = rate
+    truth = selective_scan(**inputs, return_last_state=True, backend="reference")
+    single = {name: x.float() for name, x in inputs.items()}
+    assert truth[1].abs().max() > 100
+    for value, true in zip(
+        selective_scan(**single, return_last_state=True, backend=backend), truth, strict=True
+    ):
+        assert value.isfinite().all()
+        # In float32 an exponent of 75 is off by some 75 * 6e-8.
+        assert relative_error(value.double(), true) < 2e-5
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -85,19 +85,19 @@ if _wanted := os.environ.get("MAMBASTYLE_CPU_FEATURES"):
 
 LANES = 16
 STATES = 4  # computed together: as many as leave their A, h and gradients in registers
+WIDTH = instruction_set()[1]  # floats in a register
+QUARTER = 4  # lanes that every processor shuffles among themselves at the least cost
 
 # ------------------------------------------------------------------------------------------------------------
-# Two types for Numba: a vector of 16 floats, and four of them, for four states. LLVM splits the vectors where
-# registers are shorter (AVX2, SSE, NEON).
+# Types for Numba: a vector of 16 floats and four of them (a quad, for four states), which LLVM splits where
+# registers are shorter (AVX2, SSE, NEON); and for rows of memory what fills a register, and four of those.
 
 _FLOAT = ir.FloatType()
 _INT = ir.IntType(32)
 _FLOATS = ir.VectorType(_FLOAT, LANES)
-_FOUR_FLOATS = ir.ArrayType(_FLOATS, STATES)
 _INTS = ir.VectorType(_INT, LANES)
 _HALF = ir.IntType(16)
 _HALVES = ir.VectorType(_HALF, LANES)
-_UNDEFINED = ir.Constant(_FLOATS, ir.Undefined)
 
 # exp2(r) on [-1/2, 1/2], highest power first: the polynomial of least relative error (9.1e-8, by linear
 # programming) among those whose last coefficient is exactly 1. A step size near zero must keep the state as
@@ -127,15 +127,19 @@ LN_2 = np.float32(0.6931471805599453)
 
 
 class _RegisterType(types.Type):
-    """A value that lives in registers: the Numba type `name` for the LLVM type `llvm_type`."""
+    """A value that lives in registers: a vector of floats, or `count` of them."""
 
-    def __init__(self, name: str, llvm_type: ir.Type) -> None:
-        super().__init__(name=name)
-        self.llvm_type = llvm_type
+    def __init__(self, lanes: int, count: int = 1) -> None:
+        super().__init__(name=f"float32x{lanes}" + (f"x{count}" if count > 1 else ""))
+        self.lanes, self.count = lanes, count
+        vector = ir.VectorType(_FLOAT, lanes)
+        self.llvm_type = vector if count == 1 else ir.ArrayType(vector, count)
 
 
-_vector = _RegisterType("float32x16", _FLOATS)
-_quad = _RegisterType("float32x16x4", _FOUR_FLOATS)
+_vector = _RegisterType(LANES)
+_quad = _RegisterType(LANES, STATES)
+_row = _RegisterType(WIDTH)
+_rows = _RegisterType(WIDTH, STATES)
 
 
 @register_model(_RegisterType)
@@ -144,12 +148,21 @@ class _RegisterModel(models.PrimitiveModel):
         super().__init__(manager, frontend_type, frontend_type.llvm_type)
 
 
-def _floats(value: float) -> ir.Constant:
-    return ir.Constant(_FLOATS, [ir.Constant(_FLOAT, value)] * LANES)
+def _floats(like: Any, value: float) -> ir.Constant:
+    """As many as a vector has, all of them `value`."""
+    return ir.Constant(like.type, [ir.Constant(_FLOAT, value)] * like.type.count)
 
 
-def _ints(value: int) -> ir.Constant:
-    return ir.Constant(_INTS, [ir.Constant(_INT, value)] * LANES)
+def _ints(count: int, value: int) -> ir.Constant:
+    return ir.Constant(ir.VectorType(_INT, count), [ir.Constant(_INT, value)] * count)
+
+
+def _as_ints(builder: Any, x: Any) -> Any:
+    return builder.bitcast(x, ir.VectorType(_INT, x.type.count))
+
+
+def _undefined(lanes: int) -> ir.Constant:
+    return ir.Constant(ir.VectorType(_FLOAT, lanes), ir.Undefined)
 
 
 def _lane_order(lanes: list[int]) -> ir.Constant:
@@ -170,19 +183,21 @@ def _store(builder: Any, value: Any, address: Any) -> None:
     builder.store(value, builder.bitcast(address, value.type.as_pointer()), align=4)
 
 
-def _splat(builder: Any, value: Any) -> Any:
-    first = builder.insert_element(_UNDEFINED, value, ir.Constant(_INT, 0))
-    return builder.shuffle_vector(first, _UNDEFINED, _ints(0))
+def _splat(builder: Any, value: Any, lanes: int = LANES) -> Any:
+    first = builder.insert_element(_undefined(lanes), value, ir.Constant(_INT, 0))
+    return builder.shuffle_vector(first, _undefined(lanes), _ints(lanes, 0))
 
 
 def _call(builder: Any, name: str, *values: Any) -> Any:
     """Calls an LLVM intrinsic on vectors."""
-    function_type = ir.FunctionType(_FLOATS, [_FLOATS] * len(values))
-    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), values)
+    vector = values[0].type
+    function_type = ir.FunctionType(vector, [vector] * len(values))
+    function = cgutils.get_or_insert_function(builder.module, function_type, f"{name}.v{vector.count}f32")
+    return builder.call(function, values)
 
 
 def _join(builder: Any, vectors: list[Any]) -> Any:
-    quad = ir.Constant(_FOUR_FLOATS, ir.Undefined)
+    quad = ir.Constant(ir.ArrayType(vectors[0].type, len(vectors)), ir.Undefined)
     for number, vector in enumerate(vectors):
         quad = builder.insert_value(quad, vector, number)
     return quad
@@ -190,74 +205,102 @@ def _join(builder: Any, vectors: list[Any]) -> Any:
 
 def _split(builder: Any, value: Any) -> list[Any]:
     """The four vectors of a quad; a vector stands for four equal ones."""
-    if value.type == _FLOATS:
+    if isinstance(value.type, ir.VectorType):
         return [value] * STATES
     return [builder.extract_value(value, number) for number in range(STATES)]
 
 
 def _each(builder: Any, result: Any, operation: Callable[..., Any], arguments: Any) -> Any:
     """The operation on vectors, or on each vector of the quads if the result is a quad."""
-    if result is _vector:
+    if result.count == 1:
         return operation(*arguments)
     split = [_split(builder, argument) for argument in arguments]
     return _join(builder, [operation(*vectors) for vectors in zip(*split, strict=True)])
 
 
 def _widest(*arguments: Any) -> Any:
-    """The Numba type of an operation on vectors and quads, None if there is another type among them."""
+    """The Numba type of an operation on vectors and quads, None for other types and different lengths."""
     if not all(isinstance(argument, _RegisterType) for argument in arguments):
         return None
-    return _quad if _quad in arguments else _vector
+    if len({argument.lanes for argument in arguments}) > 1:
+        return None
+    return max(arguments, key=lambda argument: argument.count)
 
 
 def _fma(builder: Any, x: Any, y: Any, z: Any) -> Any:
-    return _call(builder, "llvm.fmuladd.v16f32", x, y, z)
+    return _call(builder, "llvm.fmuladd", x, y, z)
 
 
-def _polynomial(builder: Any, coefficients: tuple[float, ...], x: Any) -> Any:
-    value = _floats(coefficients[0])
+# What takes many instructions works on vectors side by side, one instruction for each of them at a time: in a
+# chain of dependent ones a processor waits for the last.
+
+
+def _polynomial(builder: Any, coefficients: tuple[float, ...], vectors: list[Any]) -> list[Any]:
+    values = [_floats(vectors[0], coefficients[0])] * len(vectors)
     for coefficient in coefficients[1:]:
-        value = _fma(builder, value, x, _floats(coefficient))
-    return value
+        addend = _floats(vectors[0], coefficient)
+        values = [_fma(builder, value, x, addend) for value, x in zip(values, vectors, strict=True)]
+    return values
 
 
-def _at_least(builder: Any, x: Any, bound: float) -> Any:
+def _limit(builder: Any, comparison: str, bound: float, vectors: list[Any]) -> list[Any]:
+    """At least the bound (comparison ">"), or at most ("<")."""
+    limit = _floats(vectors[0], bound)
     # This order of comparison keeps NaN, and is one machine instruction.
-    return builder.select(builder.fcmp_ordered(">", _floats(bound), x), _floats(bound), x)
+    return [builder.select(builder.fcmp_ordered(comparison, limit, x), limit, x) for x in vectors]
 
 
-def _at_most(builder: Any, x: Any, bound: float) -> Any:
-    return builder.select(builder.fcmp_ordered("<", _floats(bound), x), _floats(bound), x)
-
-
-def _exp2(context: Any, builder: Any, x: Any) -> Any:
+def _exp2(builder: Any, vectors: list[Any]) -> list[Any]:
     """2 ** x with a relative error of 2e-7; infinite above the range of float32.
 
     Below the normal range it is exact with AVX-512 and 2 ** -126 without.
     """
     if instruction_set()[0] == "avx512":
-        whole = _call(builder, "llvm.rint.v16f32", x)
-        mantissa = _polynomial(builder, _EXP2, builder.fsub(x, whole))
+        wholes = [_call(builder, "llvm.rint", x) for x in vectors]
+        parts = [builder.fsub(x, whole) for x, whole in zip(vectors, wholes, strict=True)]
+        mantissas = _polynomial(builder, _EXP2, parts)
         scale = cgutils.get_or_insert_function(
             builder.module,
             ir.FunctionType(_FLOATS, [_FLOATS, _FLOATS, _FLOATS, ir.IntType(16), _INT]),
             "llvm.x86.avx512.mask.scalef.ps.512",
         )
-        all_lanes, current_rounding = ir.Constant(ir.IntType(16), -1), ir.Constant(_INT, 4)
-        return builder.call(scale, [mantissa, whole, mantissa, all_lanes, current_rounding])
+        how = ir.Constant(ir.IntType(16), -1), ir.Constant(_INT, 4)  # all lanes, the current rounding
+        pairs = zip(mantissas, wholes, strict=True)
+        return [builder.call(scale, [mantissa, whole, mantissa, *how]) for mantissa, whole in pairs]
     # Adding 1.5 * 2 ** 23 rounds to a whole number and leaves it in the low bits; shifted into the exponent,
     # it scales. At 128 the mantissa is exactly 1 and the exponent all ones: infinity, as it should be.
-    x = _at_most(builder, _at_least(builder, x, -126.0), 128.0)
-    shifted = builder.fadd(x, _floats(12582912.0))
-    whole = builder.fsub(shifted, _floats(12582912.0))
-    mantissa = _polynomial(builder, _EXP2, builder.fsub(x, whole))
-    exponent = builder.shl(builder.bitcast(shifted, _INTS), _ints(23))
-    return builder.bitcast(builder.add(builder.bitcast(mantissa, _INTS), exponent), _FLOATS)
+    vectors = _limit(builder, "<", 128.0, _limit(builder, ">", -126.0, vectors))
+    rounding = _floats(vectors[0], 12582912.0)
+    shifted = [builder.fadd(x, rounding) for x in vectors]
+    wholes = [builder.fsub(x, rounding) for x in shifted]
+    parts = [builder.fsub(x, whole) for x, whole in zip(vectors, wholes, strict=True)]
+    mantissas = [_as_ints(builder, x) for x in _polynomial(builder, _EXP2, parts)]
+    exponents = [builder.shl(_as_ints(builder, x), _ints(x.type.count, 23)) for x in shifted]
+    scaled = [builder.add(*pair) for pair in zip(mantissas, exponents, strict=True)]
+    return [builder.bitcast(x, vectors[0].type) for x in scaled]
 
 
-def _exp_minus_abs(context: Any, builder: Any, x: Any) -> Any:
-    magnitude = builder.bitcast(builder.and_(builder.bitcast(x, _INTS), _ints(0x7FFFFFFF)), _FLOATS)
-    return _exp2(context, builder, builder.fmul(magnitude, _floats(-float(LOG2_E))))
+def _exp_minus_abs(builder: Any, vectors: list[Any]) -> list[Any]:
+    magnitudes = [builder.and_(_as_ints(builder, x), _ints(x.type.count, 0x7FFFFFFF)) for x in vectors]
+    factor = _floats(vectors[0], -float(LOG2_E))
+    return _exp2(builder, [builder.fmul(builder.bitcast(x, factor.type), factor) for x in magnitudes])
+
+
+def _softplus(builder: Any, vectors: list[Any]) -> list[Any]:
+    e = _exp_minus_abs(builder, vectors)
+    parts = zip(_polynomial(builder, _LOG1P, e), e, _limit(builder, ">", 0.0, vectors), strict=True)
+    return [_fma(builder, *part) for part in parts]
+
+
+def _logistic(builder: Any, vectors: list[Any]) -> list[Any]:
+    one, zero = (_floats(vectors[0], value) for value in (1.0, 0.0))
+    return [
+        builder.fdiv(
+            builder.select(builder.fcmp_ordered(">", x, zero), one, e),
+            builder.fadd(one, e),
+        )
+        for x, e in zip(vectors, _exp_minus_abs(builder, vectors), strict=True)
+    ]
 
 
 def _register_operator(function: Any, instruction: str) -> None:
@@ -284,7 +327,7 @@ def load(typing_context, array, index):  # type: ignore  # the arguments are Num
             return _load(builder, address)
         halves = builder.load(builder.bitcast(address, _HALVES.as_pointer()))
         halves.align = 2
-        return builder.bitcast(builder.shl(builder.zext(halves, _INTS), _ints(16)), _FLOATS)
+        return builder.bitcast(builder.shl(builder.zext(halves, _INTS), _ints(LANES, 16)), _FLOATS)
 
     return _vector(array, types.intp), generate
 
@@ -413,36 +456,32 @@ def dot_states(typing_context, x, y, start):  # type: ignore
     return _vector(_quad, _quad, _vector), generate
 
 
-@intrinsic
-def exp2(typing_context, x):  # type: ignore
+def _of_each(operation: Callable[[Any, list[Any]], list[Any]], x: Any) -> Any:
+    """The signature and the code of an operation on a vector, or on four side by side."""
+
     def generate(context, builder, signature, arguments):
-        return _each(builder, signature.return_type, lambda value: _exp2(context, builder, value), arguments)
+        if signature.return_type.count == 1:
+            return operation(builder, arguments)[0]
+        return _join(builder, operation(builder, _split(builder, arguments[0])))
 
     return _widest(x)(x), generate
 
 
 @intrinsic
+def exp2(typing_context, x):  # type: ignore
+    return _of_each(_exp2, x)
+
+
+@intrinsic
 def softplus(typing_context, x):  # type: ignore
     """log(1 + exp(x)) = max(x, 0) + log(1 + e) with e = exp(-|x|), which overflows nowhere."""
-
-    def generate(context, builder, signature, arguments):
-        e = _exp_minus_abs(context, builder, arguments[0])
-        return _fma(builder, _polynomial(builder, _LOG1P, e), e, _at_least(builder, arguments[0], 0.0))
-
-    return _vector(_vector), generate
+    return _of_each(_softplus, x)
 
 
 @intrinsic
 def logistic(typing_context, x):  # type: ignore
     """1 / (1 + exp(-x)), the slope of softplus: (1 or e) / (1 + e) with e = exp(-|x|)."""
-
-    def generate(context, builder, signature, arguments):
-        e = _exp_minus_abs(context, builder, arguments[0])
-        one = _floats(1.0)
-        numerator = builder.select(builder.fcmp_ordered(">", arguments[0], _floats(0.0)), one, e)
-        return builder.fdiv(numerator, builder.fadd(one, e))
-
-    return _vector(_vector), generate
+    return _of_each(_logistic, x)
 
 
 def _fold(builder: Any, rows: list[Any], distance: int, until: int) -> list[Any]:
@@ -492,7 +531,7 @@ def sum_folded(typing_context, array, index):  # type: ignore
         (sums,) = _fold(builder, rows, STATES // 2, 1)
         # Lane 4 n + k holds state n of row k.
         order = _lane_order([STATES * (c % STATES) + c // STATES for c in range(LANES)])
-        return builder.shuffle_vector(sums, _UNDEFINED, order)
+        return builder.shuffle_vector(sums, _undefined(LANES), order)
 
     return _vector(array, types.intp), generate
 
@@ -523,8 +562,7 @@ def transpose(typing_context, source, start, row_step, target, target_start, tar
 
     def generate(context, builder, signature, arguments):
         source, start, row_step, target, target_start, target_row_step = arguments
-        _, side = instruction_set()
-        vector = ir.VectorType(_FLOAT, side)
+        side, vector = WIDTH, _row.llvm_type
 
         def at(array_type, array, first, step, row, column):
             index = builder.add(first, builder.mul(step, ir.Constant(step.type, row)))
@@ -554,6 +592,175 @@ def transpose(typing_context, source, start, row_step, target, target_start, tar
         return context.get_dummy_value()
 
     return types.void(source, *[types.intp] * 2, target, *[types.intp] * 2), generate
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Four rows of memory with time in the lanes: a register of each.
+
+
+@intrinsic
+def load_row(typing_context, array, place):  # type: ignore
+    """array[place : place + WIDTH]."""
+
+    def generate(context, builder, signature, arguments):
+        address = _address(context, builder, signature.args[0], *arguments)
+        return _load(builder, address, _row.llvm_type)
+
+    return _row(array, types.intp), generate
+
+
+@intrinsic
+def load_rows(typing_context, array, first, second, third, fourth):  # type: ignore
+    """What lies at four places."""
+
+    def generate(context, builder, signature, arguments):
+        array, *places = arguments
+        addresses = [_address(context, builder, signature.args[0], array, place) for place in places]
+        return _join(builder, [_load(builder, address, _row.llvm_type) for address in addresses])
+
+    return _rows(array, *[types.intp] * STATES), generate
+
+
+@intrinsic
+def broadcast_rows(typing_context, array, first, second, third, fourth):  # type: ignore
+    """The floats at four places, each in every lane of its row."""
+
+    def generate(context, builder, signature, arguments):
+        array, *places = arguments
+        addresses = [_address(context, builder, signature.args[0], array, place) for place in places]
+        return _join(builder, [_splat(builder, builder.load(address), WIDTH) for address in addresses])
+
+    return _rows(array, *[types.intp] * STATES), generate
+
+
+@intrinsic
+def store_rows(typing_context, array, first, second, third, fourth, rows):  # type: ignore
+    """The opposite of `load_rows`."""
+
+    def generate(context, builder, signature, arguments):
+        array, *places, rows = arguments
+        for place, row in zip(places, _split(builder, rows), strict=True):
+            _store(builder, row, _address(context, builder, signature.args[0], array, place))
+        return context.get_dummy_value()
+
+    return types.void(array, *[types.intp] * STATES, _rows), generate
+
+
+@intrinsic
+def splat_row(typing_context, value):  # type: ignore
+    """One float32 in every lane of a row."""
+
+    def generate(context, builder, signature, arguments):
+        return _splat(builder, arguments[0], WIDTH)
+
+    return _row(types.float32), generate
+
+
+@intrinsic
+def store_row(typing_context, array, place, row):  # type: ignore
+    """array[place : place + WIDTH] = the row."""
+
+    def generate(context, builder, signature, arguments):
+        array, place, row = arguments
+        _store(builder, row, _address(context, builder, signature.args[0], array, place))
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, _row), generate
+
+
+@intrinsic
+def store_quarter(typing_context, array, index, row):  # type: ignore
+    """array[index : index + 4] = the first quarter."""
+
+    def generate(context, builder, signature, arguments):
+        array, index, row = arguments
+        quarter = builder.shuffle_vector(row, _undefined(WIDTH), _lane_order(list(range(QUARTER))))
+        _store(builder, quarter, _address(context, builder, signature.args[0], array, index))
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, _row), generate
+
+
+@intrinsic
+def largest(typing_context, rows, start):  # type: ignore
+    """The largest of each lane of the rows and of `start`; NaN in the rows counts for nothing."""
+
+    def generate(context, builder, signature, arguments):
+        rows, largest = arguments
+        for row in _split(builder, rows):
+            largest = builder.select(builder.fcmp_ordered(">", row, largest), row, largest)
+        return largest
+
+    return _row(_rows, _row), generate
+
+
+@intrinsic
+def transpose_quarters(typing_context, rows):  # type: ignore
+    """Lane 4 j + c of row k becomes lane 4 j + k of row c: a transpose of four by four for each quarter j."""
+
+    def generate(context, builder, signature, arguments):
+        def merge(x, y, order):
+            # Of quarter j of x the lanes 0 to 3, of y 4 to 7.
+            lanes = [
+                j + (lane if lane < QUARTER else lane - QUARTER + WIDTH) for j in _QUARTERS for lane in order
+            ]
+            return builder.shuffle_vector(x, y, _lane_order(lanes))
+
+        first, second, third, fourth = _split(builder, arguments[0])
+        low, high, front, back = (0, 4, 1, 5), (2, 6, 3, 7), (0, 1, 4, 5), (2, 3, 6, 7)
+        pairs = [(merge(first, second, order), merge(third, fourth, order)) for order in (low, high)]
+        return _join(builder, [merge(*pair, order) for pair in pairs for order in (front, back)])
+
+    return _rows(_rows), generate
+
+
+_QUARTERS = range(0, WIDTH, QUARTER)
+
+
+@intrinsic
+def scan_quarters(typing_context, decay, drive, carry):  # type: ignore
+    """h_t = decay_t h_{t-1} + drive_t for WIDTH steps of four rows, from the states `carry` on.
+
+    As `transpose_quarters` leaves rows: lane 4 j + c of row k is step 4 j + k of row c; `carry` has row c in
+    lane c of every quarter. Each quarter runs its four steps from zero, with the product of its decays; then
+    the quarters' ends are scanned, and each quarter gets what came before it.
+    """
+
+    def generate(context, builder, signature, arguments):
+        decay, drive, carry = arguments
+        decays, drives = _split(builder, decay), _split(builder, drive)
+        products, states = decays[:1], drives[:1]
+        for a, b in zip(decays[1:], drives[1:], strict=True):
+            states.append(_fma(builder, a, states[-1], b))
+            products.append(builder.fmul(a, products[-1]))
+
+        def moved(row, quarters, filling):
+            lanes = [max(lane - QUARTER * quarters, -1) % (WIDTH + 1) for lane in range(WIDTH)]
+            return builder.shuffle_vector(row, _floats(row, filling), _lane_order(lanes))
+
+        product, state = moved(products[-1], 1, 1.0), moved(states[-1], 1, 0.0)
+        quarters = 1
+        while quarters < len(_QUARTERS) - 1:
+            state = _fma(builder, product, moved(state, quarters, 0.0), state)
+            product = builder.fmul(product, moved(product, quarters, 1.0))
+            quarters *= 2
+        before = _fma(builder, product, carry, state)
+        pairs = zip(products, states, strict=True)
+        return _join(builder, [_fma(builder, product, before, state) for product, state in pairs])
+
+    return _rows(_rows, _rows, _row), generate
+
+
+@intrinsic
+def last_states(typing_context, states):  # type: ignore
+    """The states behind what `scan_quarters` gave, as it takes them for the steps after."""
+
+    def generate(context, builder, signature, arguments):
+        lanes = [WIDTH - QUARTER + lane % QUARTER for lane in range(WIDTH)]
+        last = builder.extract_value(arguments[0], STATES - 1)
+        return builder.shuffle_vector(last, _undefined(WIDTH), _lane_order(lanes))
+
+    return _row(_rows), generate
 
 
 # ------------------------------------------------------------------------------------------------------------

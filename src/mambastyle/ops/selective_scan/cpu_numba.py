@@ -18,12 +18,29 @@ from mambastyle.ops.cpu_vectors import (
     LANES,
     LOG2_E,
     STATES,
+    WIDTH,
     address,
+    broadcast_rows,
+    exp2,
+    fma,
+    inlined,
     kernel,
+    largest,
+    last_states,
     load,
+    load_row,
+    load_rows,
+    prefetch,
+    scan_quarters,
+    softplus,
     splat,
+    splat_row,
     store,
+    store_quarter,
+    store_row,
+    store_rows,
     transpose,
+    transpose_quarters,
 )
 from mambastyle.ops.selective_scan import operator
 
@@ -31,6 +48,8 @@ CHUNK = 128  # steps per tile, and between the states that the backward pass sta
 # The backward pass cuts the channels until it has this many tasks; fixed, so that sums do not depend on
 # threads.
 SPLITS = 16
+# Beyond it (base 2, a step) a product of sixteen decays may leave the range of float32 though no state does.
+MOST_GROWTH = np.float32(7)
 # About 0.5 ms of work on one core: below it a thread costs more than it brings.
 SERIAL_STATE_STEPS = 3_000_000
 
@@ -136,6 +155,149 @@ def _scan_forward(  # type: ignore
         for lane in range(rows):
             for n in range(state):
                 last[(image * channels + channel + lane) * state + n] = h_lanes[n * LANES + lane]
+
+
+@inlined
+def _prepare_rows(  # type: ignore
+    u, delta, first, second, third, fourth, B, entry, A, bias, use_softplus, decay_tile, drive_tile, steps,
+    growth,
+):  # fmt: skip
+    """decay = exp2(d A) and drive = d u B of four rows; returns the largest logarithm of a decay so far."""
+    for step in range(0, steps, WIDTH):
+        d = load_rows(delta, first + step, second + step, third + step, fourth + step) + bias
+        if use_softplus:
+            d = softplus(d)
+        store_rows(decay_tile, step, CHUNK + step, 2 * CHUNK + step, 3 * CHUNK + step, d)
+    for step in range(0, steps, WIDTH):
+        d = load_rows(decay_tile, step, CHUNK + step, 2 * CHUNK + step, 3 * CHUNK + step)
+        drive = d * load_rows(u, first + step, second + step, third + step, fourth + step)
+        drive = drive * load_row(B, entry + step)
+        store_rows(drive_tile, step, CHUNK + step, 2 * CHUNK + step, 3 * CHUNK + step, drive)
+        exponent = d * A
+        growth = largest(exponent, growth)
+        store_rows(decay_tile, step, CHUNK + step, 2 * CHUNK + step, 3 * CHUNK + step, exp2(exponent))
+    return growth
+
+
+@inlined
+def _scan_rows(  # type: ignore
+    u, delta, y, first, second, third, fourth, C, entry, D, decay_tile, drive_tile, steps, carry,
+):  # fmt: skip
+    """Runs four prepared rows, which begin at `first` to `fourth` in u and y, from the states `carry` on."""
+    for step in range(0, steps, WIDTH):
+        for place in (first, second, third, fourth):
+            ahead = 4 * (place + steps + step)  # in bytes, what the next chunk will read and write
+            prefetch(address(u) + ahead)
+            prefetch(address(delta) + ahead)
+            prefetch(address(y) + ahead)
+        decay = load_rows(decay_tile, step, CHUNK + step, 2 * CHUNK + step, 3 * CHUNK + step)
+        drive = load_rows(drive_tile, step, CHUNK + step, 2 * CHUNK + step, 3 * CHUNK + step)
+        states = scan_quarters(transpose_quarters(decay), transpose_quarters(drive), carry)
+        u_t = load_rows(u, first + step, second + step, third + step, fourth + step)
+        y_t = fma(transpose_quarters(states), load_row(C, entry + step), D * u_t)
+        store_rows(y, first + step, second + step, third + step, fourth + step, y_t)
+        carry = last_states(states)
+    return carry
+
+
+@kernel
+def _scan_one_state(  # type: ignore
+    u, delta, A, B, C, D, bias, use_softplus, y, last, starts, keep_starts,
+    channels, groups, length, state, A_image, D_image, begin, end, scratch, most,
+):  # fmt: skip
+    """As `_scan_forward` for one state: along the rows, four at a time, which are transposed in quarters.
+
+    most[block - begin] becomes the largest logarithm (base 2) of a decay: beyond MOST_GROWTH it is wrong.
+    """
+    group = channels // groups
+    blocks = (group + LANES - 1) // LANES
+    chunks = (length + CHUNK - 1) // CHUNK
+    whole = length // WIDTH * WIDTH
+    tail = length - whole
+    decay_tile = scratch[0 : STATES * CHUNK]
+    drive_tile = scratch[STATES * CHUNK : 2 * STATES * CHUNK]
+    used = 2 * STATES * CHUNK
+    # The steps that fill no register, of four rows, with zeros behind.
+    u_tail = scratch[used : used + STATES * WIDTH]
+    used += STATES * WIDTH
+    d_tail = scratch[used : used + STATES * WIDTH]
+    used += STATES * WIDTH
+    y_tail = scratch[used : used + STATES * WIDTH]
+    used += STATES * WIDTH
+    B_tail = scratch[used : used + WIDTH]
+    used += WIDTH
+    C_tail = scratch[used : used + WIDTH]
+    u_tail[:], d_tail[:], B_tail[:], C_tail[:] = 0, 0, 0, 0
+    for block in range(begin, end):
+        image_group = block // blocks
+        image = image_group // groups
+        entry = image_group * length
+        first_row = image_group % groups * group + block % blocks * LANES
+        last_row = first_row + min(LANES, group - block % blocks * LANES) - 1
+        growth = splat_row(np.float32(0))
+        if keep_starts and last_row - first_row + 1 < LANES:
+            # Lanes without a channel: the backward pass computes on zeros there.
+            starts[block * chunks * LANES : (block + 1) * chunks * LANES] = 0
+        for step in range(tail):
+            B_tail[step] = B[entry + whole + step]
+            C_tail[step] = C[entry + whole + step]
+        for row in range(first_row, last_row + 1, STATES):
+            # The last row again where four are not left.
+            row_1, row_2, row_3 = min(row + 1, last_row), min(row + 2, last_row), min(row + 3, last_row)
+            at = (image * channels + row) * length
+            at_1 = (image * channels + row_1) * length
+            at_2 = (image * channels + row_2) * length
+            at_3 = (image * channels + row_3) * length
+            own = image * A_image
+            A_rows = splat_row(LOG2_E) * broadcast_rows(A, own + row, own + row_1, own + row_2, own + row_3)
+            own = image * D_image
+            D_rows = broadcast_rows(D, own + row, own + row_1, own + row_2, own + row_3)
+            bias_rows = broadcast_rows(bias, row, row_1, row_2, row_3)
+            carry = splat_row(np.float32(0))
+            for piece in range(chunks + (tail > 0)):
+                # The chunks without the tail, and then the tail: one piece of code for both.
+                if piece < chunks:
+                    now = piece * CHUNK
+                    steps = min(CHUNK, whole - now)
+                    u_now, d_now, y_now, B_now, C_now = u, delta, y, B, C
+                    first, second, third, fourth = at + now, at_1 + now, at_2 + now, at_3 + now
+                    entry_now = entry + now
+                    if keep_starts:
+                        store_quarter(starts, (block * chunks + piece) * LANES + row - first_row, carry)
+                else:
+                    steps = WIDTH
+                    u_now, d_now, y_now, B_now, C_now = u_tail, d_tail, y_tail, B_tail, C_tail
+                    first, second, third, fourth = 0, WIDTH, 2 * WIDTH, 3 * WIDTH
+                    entry_now = 0
+                    for step in range(tail):
+                        for source, target in ((u, u_tail), (delta, d_tail)):
+                            target[first + step] = source[at + whole + step]
+                            target[second + step] = source[at_1 + whole + step]
+                            target[third + step] = source[at_2 + whole + step]
+                            target[fourth + step] = source[at_3 + whole + step]
+                growth = _prepare_rows(
+                    u_now, d_now, first, second, third, fourth, B_now, entry_now,
+                    A_rows, bias_rows, use_softplus, decay_tile, drive_tile, steps, growth,
+                )  # fmt: skip
+                if piece == chunks:
+                    # Which leaves the state as it is behind the tail, where drive is zero.
+                    for step in range(tail, WIDTH):
+                        for number in range(STATES):
+                            decay_tile[number * CHUNK + step] = 1
+                carry = _scan_rows(
+                    u_now, d_now, y_now, first, second, third, fourth, C_now, entry_now,
+                    D_rows, decay_tile, drive_tile, steps, carry,
+                )  # fmt: skip
+            for step in range(tail):
+                y[at + whole + step] = y_tail[step]
+                y[at_1 + whole + step] = y_tail[WIDTH + step]
+                y[at_2 + whole + step] = y_tail[2 * WIDTH + step]
+                y[at_3 + whole + step] = y_tail[3 * WIDTH + step]
+            store_quarter(drive_tile, 0, carry)
+            for number in range(min(STATES, last_row + 1 - row)):
+                last[image * channels + row + number] = drive_tile[number]
+        store_row(drive_tile, 0, growth)
+        most[block - begin] = drive_tile[:WIDTH].max()
 
 
 @kernel
@@ -285,9 +447,13 @@ def scan_op(
     scratch = (3 * CHUNK + SPAN * STATES + 2 * state + 2) * LANES
 
     def work(first: int, end: int) -> None:
-        _scan_forward(
-            *arrays, delta_softplus, *outputs, keep_starts, *sizes, first, end, u.new_empty(scratch).numpy()
-        )
+        room, most = u.new_empty(scratch).numpy(), u.new_empty(end - first).numpy()
+        given = (*arrays, delta_softplus, *outputs, keep_starts, *sizes)
+        if state > 1:
+            return _scan_forward(*given, first, end, room)
+        _scan_one_state(*given, first, end, room, most)
+        for block in first + np.flatnonzero(most > MOST_GROWTH):
+            _scan_forward(*given, block, block + 1, room)
 
     run_ranges(work, batch * _blocks(channels, groups), parallel=_state_steps(u, state) > SERIAL_STATE_STEPS)
     return y, last, starts
