@@ -14,7 +14,7 @@ WEIGHTS := src/mambastyle/weights/kaokore64
 # Methods that optimise take seconds to a minute a face: they get the first so many of the test faces.
 EVALUATE_COUNT ?= 16
 EVALUATE_METHODS ?= optimise pti encoder+optimise mean-w
-# Other encoders beside the preset: NAME=FOLDER, such as W+-only=runs/inversion-kaokore64-w.
+# Other encoders beside the preset: NAME=FOLDER, such as W+-only=recipes/weights/inversion-kaokore64-w.
 EVALUATE_ALSO ?=
 ABLATION_STEPS ?= 1800
 ABLATION_SEEDS ?= 0 1
