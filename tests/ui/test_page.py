@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -440,6 +441,18 @@ def test_the_doctor_tab_shows_what_the_command_shows(visit):
     expect(table).to_contain_text("selective scan")
     for finding in mambastyle.api.examine():
         expect(table).to_contain_text(finding.detail)
+
+
+def test_who_leaves_during_an_upload_leaves_no_error(server):
+    """The server's fixture reads at the end what it wrote of errors."""
+    url = urllib.request.urlparse(server[0])
+    with socket.create_connection((url.hostname, url.port)) as connection:
+        head = f"POST /gradio_api/upload HTTP/1.1\r\nHost: {url.netloc}\r\nContent-Length: 100000\r\n"
+        head += "Content-Type: multipart/form-data; boundary=edge\r\n\r\n"
+        part = '--edge\r\nContent-Disposition: form-data; name="files"; filename="half.png"\r\n\r\n'
+        connection.sendall((head + part).encode() + bytes(5000))
+    with urllib.request.urlopen(server[0]) as response:
+        assert response.status == 200
 
 
 def test_the_page_answers_no_foreign_host_and_sends_its_policy(server):

@@ -1,5 +1,6 @@
 """The page as a whole: its tabs, its looks, and the app that serves it."""
 
+import contextlib
 import html
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ import fastapi
 import gradio as gr
 from gradio.themes import Base, Soft
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -133,5 +135,7 @@ class Guard:
         if origin and urlsplit(origin).netloc != headers.get(b"host", b"").decode("latin-1"):
             refusal = PlainTextResponse("requests from other sites are refused", status_code=403)
             await refusal(scope, receive, send)
-        else:
+            return
+        # Who closes the page while it uploads has left no error behind, and nobody to answer.
+        with contextlib.suppress(ClientDisconnect):
             await self.app(scope, receive, with_policy)
