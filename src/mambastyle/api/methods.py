@@ -31,13 +31,18 @@ METHODS: Mapping[MethodName, str] = MappingProxyType(
 )
 
 
+def optimises(method: str) -> bool:
+    """Whether a method takes steps and seconds a picture, and not one pass."""
+    return method not in ("encoder", "mean-w")
+
+
 def check_method(method: str, steps: int | None = None) -> None:
     """ValueError for a way to invert that is not there, or for steps that it does not take."""
     if method not in METHODS:
         near = nearest(method, METHODS)
         hint = f"did you mean {near!r}?" if near else f"choose among {', '.join(METHODS)}"
         raise ValueError(f"no method {method!r}: {hint}")
-    if steps is not None and method in ("encoder", "mean-w"):
+    if steps is not None and not optimises(method):
         raise ValueError(f"the method {method!r} takes no steps: leave them out")
     if steps is not None and steps < 1:
         raise ValueError(f"{steps} steps, expected 1 or more")
@@ -65,7 +70,7 @@ class Search:
     @property
     def optimises(self) -> bool:
         """Whether it takes steps, and so a judge and the picture at the generator's resolution."""
-        return self.method in ("optimise", "pti", "encoder+optimise")
+        return optimises(self.method)
 
     @property
     def side(self) -> int:

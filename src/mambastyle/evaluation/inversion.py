@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from mambastyle import checkpoints, images
 from mambastyle.api import Inverted, Inverter, load_inverter
-from mambastyle.api.methods import MethodName
+from mambastyle.api.methods import MethodName, optimises
 from mambastyle.compute import Precision
 from mambastyle.data.packs import from_bytes, open_pack
 from mambastyle.evaluation import metrics
@@ -69,7 +69,7 @@ class Method:
     @property
     def optimises(self) -> bool:
         """Whether it takes seconds a picture, and not one pass."""
-        return self.how not in ("encoder", "mean-w")
+        return optimises(self.how)
 
     def invert(
         self,

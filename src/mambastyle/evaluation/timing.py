@@ -80,11 +80,10 @@ def measure(
         method = Method(TITLES[how], inverter, how, steps)
         side = inverter.resolution
         pictures = torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
-        optimises = how not in ("encoder", "mean-w")
-        if not optimises:
+        if not method.optimises:
             method.render(method.invert(pictures))
         for part in (pictures, pictures[:1]):
-            times.append(_median(method, part, 1 if optimises else repeats))
+            times.append(_median(method, part, 1 if method.optimises else repeats))
     cost = method.cost()
     return {
         "parameters": cost.parameters / 1e6,

@@ -347,11 +347,11 @@ def load_states(typing_context, array, index):  # type: ignore
 
 @intrinsic
 def store(typing_context, array, index, value):  # type: ignore
-    """array[index : index + 16 or 64] = value, a vector or a quad."""
+    """array[index : index + 16, 64 or WIDTH] = value, a vector, a quad or a row."""
 
     def generate(context, builder, signature, arguments):
         array, index, value = arguments
-        vectors = [value] if signature.args[2] is _vector else _split(builder, value)
+        vectors = [value] if signature.args[2].count == 1 else _split(builder, value)
         for number, vector in enumerate(vectors):
             start = builder.add(index, ir.Constant(index.type, number * LANES))
             _store(builder, vector, _address(context, builder, signature.args[0], array, start))
@@ -654,18 +654,6 @@ def splat_row(typing_context, value):  # type: ignore
         return _splat(builder, arguments[0], WIDTH)
 
     return _row(types.float32), generate
-
-
-@intrinsic
-def store_row(typing_context, array, place, row):  # type: ignore
-    """array[place : place + WIDTH] = the row."""
-
-    def generate(context, builder, signature, arguments):
-        array, place, row = arguments
-        _store(builder, row, _address(context, builder, signature.args[0], array, place))
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, _row), generate
 
 
 @intrinsic

@@ -2,7 +2,8 @@
 
 Sixteen neighbouring channels share a vector, the states of a channel are vectors beside each other, and time
 runs in sequence, in tiles of CHUNK steps that are transposed through registers on their way in and out.
-docs/kernels.md has the design and what was measured.
+One state runs along the rows instead, with time in the lanes. docs/kernels.md has the design and what was
+measured.
 
 The module imports numba and is itself imported only when a scan asks for it.
 """
@@ -37,7 +38,6 @@ from mambastyle.ops.cpu_vectors import (
     splat_row,
     store,
     store_quarter,
-    store_row,
     store_rows,
     transpose,
     transpose_quarters,
@@ -296,7 +296,7 @@ def _scan_one_state(  # type: ignore
             store_quarter(drive_tile, 0, carry)
             for number in range(min(STATES, last_row + 1 - row)):
                 last[image * channels + row + number] = drive_tile[number]
-        store_row(drive_tile, 0, growth)
+        store(drive_tile, 0, growth)
         most[block - begin] = drive_tile[:WIDTH].max()
 
 
