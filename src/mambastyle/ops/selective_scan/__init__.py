@@ -64,14 +64,12 @@ def selective_scan(
     _check_tensors(given)
     _check_shapes(given)
     chosen = scan_backend(backend, *given.values())
-    # Autocast would run single operations of the reference, and of the gate, in half precision.
-    with torch.autocast("cpu" if u.is_meta else u.device.type, enabled=False):
-        y, last_state = _SCANS[chosen](
-            u, delta, A, B, C, D, delta_bias, delta_softplus, _compute_dtype(*given.values())
-        )
-        if z is not None:
-            y = y * F.silu(z.to(y.dtype))
-        y = y.to(u.dtype)
+    y, last_state = _SCANS[chosen](
+        u, delta, A, B, C, D, delta_bias, delta_softplus, _compute_dtype(*given.values())
+    )
+    if z is not None:
+        y = y * F.silu(z.to(y.dtype))
+    y = y.to(u.dtype)
     return (y, last_state) if return_last_state else y
 
 
@@ -126,18 +124,18 @@ def _misfit(backend: str, tensors: tuple[Tensor, ...]) -> Exception | None:
     """What about the tensors rules the backend out."""
     if backend == "reference":
         return None
-    for tensor in tensors:
-        if tensor.device.type not in _devices(backend):
+    for device in {tensor.device for tensor in tensors}:
+        if device.type not in _devices(backend):
             where = "CPU" if backend == "numba" else "GPU"
             return ValueError(
-                f"backend {backend!r} runs on the {where}: got a tensor on {tensor.device}; "
+                f"backend {backend!r} runs on the {where}: got a tensor on {device}; "
                 "use backend='auto' or move the inputs"
             )
-        if tensor.dtype == torch.float64:
-            return TypeError(
-                f"backend {backend!r} computes in float32: got float64; "
-                "use backend='reference' or convert the inputs"
-            )
+    if _compute_dtype(*tensors) == torch.float64:
+        return TypeError(
+            f"backend {backend!r} computes in float32: got float64; "
+            "use backend='reference' or convert the inputs"
+        )
     # The kernels' outputs would have no tangent, which forward mode takes for zero.
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         return NotImplementedError(
@@ -181,7 +179,7 @@ def _warn_once(backend: str, reason: str) -> None:
 
 
 def _compute_dtype(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    return torch.float64 if torch.float64 in {tensor.dtype for tensor in tensors} else torch.float32
 
 
 def _check_tensors(given: dict[str, Tensor]) -> None:
@@ -193,9 +191,10 @@ def _check_tensors(given: dict[str, Tensor]) -> None:
                 f"{name} must be a real floating-point tensor: got {tensor.dtype}; "
                 "convert it (complex A, which mamba-ssm allows, is not supported)"
             )
-    devices = {str(tensor.device) for tensor in given.values()}
+    devices = {tensor.device for tensor in given.values()}
     if len(devices) > 1:
-        raise ValueError(f"all inputs must be on one device: got {', '.join(sorted(devices))}; move them")
+        names = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"all inputs must be on one device: got {names}; move them")
 
 
 def _check_shapes(given: dict[str, Tensor]) -> None:
@@ -227,7 +226,7 @@ def _check_shapes(given: dict[str, Tensor]) -> None:
                 )
             fitting[name] = [(batch, groups, state, length)]
     for name, shapes in fitting.items():
-        if name in given and tuple(given[name].shape) not in shapes:
+        if name in given and given[name].shape not in shapes:
             expected = " or ".join(str(shape) for shape in shapes)
             raise ValueError(
                 f"{name} must be {expected} to fit u {tuple(u.shape)} and A {tuple(A.shape)}: "
@@ -268,7 +267,9 @@ def _scan_reference(
         x = x if x.ndim == 4 else x.unsqueeze(1)
         return x.to(dtype).expand(-1, groups, -1, -1).unsqueeze(2)
 
-    y, last_state = reference.scan(u, delta, A if A.ndim == 3 else A[None], per_group(B), per_group(C))
+    # Autocast would run single operations in half precision; it knows none of the kernels.
+    with torch.autocast("cpu" if u.is_meta else u.device.type, enabled=False):
+        y, last_state = reference.scan(u, delta, A if A.ndim == 3 else A[None], per_group(B), per_group(C))
     if D is not None:
         y = y + D.to(dtype).unsqueeze(-1) * u
     return y, last_state
