@@ -243,6 +243,29 @@ def _polynomial(builder: Any, coefficients: tuple[float, ...], vectors: list[Any
     return values
 
 
+def _short_polynomial(builder: Any, coefficients: tuple[float, ...], vectors: list[Any]) -> list[Any]:
+    """The same by Estrin's scheme: a few more products, and half as many steps that wait for the one before.
+
+    It pays for a vector by itself, in registers of which there are too few to work on several; the last
+    coefficient is rounded once more.
+    """
+    if WIDTH == LANES:
+        return _polynomial(builder, coefficients, vectors)
+    terms = [[_floats(vectors[0], coefficient)] * len(vectors) for coefficient in reversed(coefficients)]
+    powers = vectors
+
+    def joined(low: list[Any], high: list[Any]) -> list[Any]:
+        return [_fma(builder, *parts) for parts in zip(high, powers, low, strict=True)]
+
+    while len(terms) > 3:
+        pairs = [joined(*pair) for pair in zip(terms[::2], terms[1::2], strict=False)]
+        terms = pairs + terms[2 * len(pairs) :]
+        powers = [builder.fmul(x, x) for x in powers]
+    while len(terms) > 1:
+        terms = [*terms[:-2], joined(*terms[-2:])]
+    return terms[0]
+
+
 def _limit(builder: Any, comparison: str, bound: float, vectors: list[Any]) -> list[Any]:
     """At least the bound (comparison ">"), or at most ("<")."""
     limit = _floats(vectors[0], bound)
@@ -250,15 +273,15 @@ def _limit(builder: Any, comparison: str, bound: float, vectors: list[Any]) -> l
     return [builder.select(builder.fcmp_ordered(comparison, limit, x), limit, x) for x in vectors]
 
 
-def _exp2(builder: Any, vectors: list[Any]) -> list[Any]:
-    """2 ** x with a relative error of 2e-7; infinite above the range of float32.
+def _exp2(builder: Any, vectors: list[Any], polynomial: Callable[..., list[Any]] = _polynomial) -> list[Any]:
+    """2 ** x for x <= 128 with a relative error of 2e-7.
 
-    Below the normal range it is exact with AVX-512 and 2 ** -126 without.
+    Below the normal range it is exact with AVX-512 and 2 ** -126 without. Beyond 128 it is anything.
     """
     if instruction_set()[0] == "avx512":
         wholes = [_call(builder, "llvm.rint", x) for x in vectors]
         parts = [builder.fsub(x, whole) for x, whole in zip(vectors, wholes, strict=True)]
-        mantissas = _polynomial(builder, _EXP2, parts)
+        mantissas = polynomial(builder, _EXP2, parts)
         scale = cgutils.get_or_insert_function(
             builder.module,
             ir.FunctionType(_FLOATS, [_FLOATS, _FLOATS, _FLOATS, ir.IntType(16), _INT]),
@@ -269,27 +292,45 @@ def _exp2(builder: Any, vectors: list[Any]) -> list[Any]:
         return [builder.call(scale, [mantissa, whole, mantissa, *how]) for mantissa, whole in pairs]
     # Adding 1.5 * 2 ** 23 rounds to a whole number and leaves it in the low bits; shifted into the exponent,
     # it scales. At 128 the mantissa is exactly 1 and the exponent all ones: infinity, as it should be.
-    vectors = _limit(builder, "<", 128.0, _limit(builder, ">", -126.0, vectors))
+    vectors = _limit(builder, ">", -126.0, vectors)
     rounding = _floats(vectors[0], 12582912.0)
     shifted = [builder.fadd(x, rounding) for x in vectors]
     wholes = [builder.fsub(x, rounding) for x in shifted]
     parts = [builder.fsub(x, whole) for x, whole in zip(vectors, wholes, strict=True)]
-    mantissas = [_as_ints(builder, x) for x in _polynomial(builder, _EXP2, parts)]
+    mantissas = [_as_ints(builder, x) for x in polynomial(builder, _EXP2, parts)]
     exponents = [builder.shl(_as_ints(builder, x), _ints(x.type.count, 23)) for x in shifted]
     scaled = [builder.add(*pair) for pair in zip(mantissas, exponents, strict=True)]
     return [builder.bitcast(x, vectors[0].type) for x in scaled]
 
 
-def _exp_minus_abs(builder: Any, vectors: list[Any]) -> list[Any]:
+def _exp2_or_inf(builder: Any, vectors: list[Any]) -> list[Any]:
+    """2 ** x, infinite above the range of float32."""
+    # AVX-512's instruction does so by itself.
+    limited = vectors if instruction_set()[0] == "avx512" else _limit(builder, "<", 128.0, vectors)
+    return _exp2(builder, limited)
+
+
+def _exp_minus_abs(
+    builder: Any, vectors: list[Any], polynomial: Callable[..., list[Any]] = _polynomial
+) -> list[Any]:
     magnitudes = [builder.and_(_as_ints(builder, x), _ints(x.type.count, 0x7FFFFFFF)) for x in vectors]
     factor = _floats(vectors[0], -float(LOG2_E))
-    return _exp2(builder, [builder.fmul(builder.bitcast(x, factor.type), factor) for x in magnitudes])
+    exponents = [builder.fmul(builder.bitcast(x, factor.type), factor) for x in magnitudes]
+    return _exp2(builder, exponents, polynomial)
 
 
 def _softplus(builder: Any, vectors: list[Any]) -> list[Any]:
-    e = _exp_minus_abs(builder, vectors)
-    parts = zip(_polynomial(builder, _LOG1P, e), e, _limit(builder, ">", 0.0, vectors), strict=True)
-    return [_fma(builder, *part) for part in parts]
+    e = _exp_minus_abs(builder, vectors, _short_polynomial)
+    return _softplus_from(builder, vectors, e, _short_polynomial)
+
+
+def _softplus_from(
+    builder: Any, vectors: list[Any], e: list[Any], polynomial: Callable[..., list[Any]] = _polynomial
+) -> list[Any]:
+    logarithms = polynomial(builder, _LOG1P, e)
+    return [
+        _fma(builder, *parts) for parts in zip(logarithms, e, _limit(builder, ">", 0.0, vectors), strict=True)
+    ]
 
 
 def _logistic(builder: Any, vectors: list[Any]) -> list[Any]:
@@ -299,7 +340,7 @@ def _logistic(builder: Any, vectors: list[Any]) -> list[Any]:
             builder.select(builder.fcmp_ordered(">", x, zero), one, e),
             builder.fadd(one, e),
         )
-        for x, e in zip(vectors, _exp_minus_abs(builder, vectors), strict=True)
+        for x, e in zip(vectors, _exp_minus_abs(builder, vectors, _short_polynomial), strict=True)
     ]
 
 
@@ -395,6 +436,14 @@ def address(typing_context, array):  # type: ignore
 
 
 @intrinsic
+def _pointer(typing_context, address):  # type: ignore
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], _FLOAT.as_pointer())
+
+    return types.CPointer(types.float32)(types.intp), generate
+
+
+@intrinsic
 def prefetch(typing_context, address):  # type: ignore
     """Asks for the line of memory at an address, even one that is not the program's, and does not wait."""
 
@@ -469,6 +518,12 @@ def _of_each(operation: Callable[[Any, list[Any]], list[Any]], x: Any) -> Any:
 
 @intrinsic
 def exp2(typing_context, x):  # type: ignore
+    return _of_each(_exp2_or_inf, x)
+
+
+@intrinsic
+def exp2_to_128(typing_context, x):  # type: ignore
+    """`exp2` of what is known to be at most 128; of anything else it is anything."""
     return _of_each(_exp2, x)
 
 
@@ -476,6 +531,23 @@ def exp2(typing_context, x):  # type: ignore
 def softplus(typing_context, x):  # type: ignore
     """log(1 + exp(x)) = max(x, 0) + log(1 + e) with e = exp(-|x|), which overflows nowhere."""
     return _of_each(_softplus, x)
+
+
+@intrinsic
+def exp_minus_abs(typing_context, x):  # type: ignore
+    """exp(-|x|)."""
+    return _of_each(_exp_minus_abs, x)
+
+
+@intrinsic
+def softplus_from(typing_context, rows, e):  # type: ignore
+    """`softplus` of rows with their e = exp(-|x|): the halves' constants are too many for one loop."""
+
+    def generate(context, builder, signature, arguments):
+        rows, e = (_split(builder, argument) for argument in arguments)
+        return _join(builder, _softplus_from(builder, rows, e))
+
+    return _rows(_rows, _rows), generate
 
 
 @intrinsic
@@ -778,6 +850,19 @@ def inlined(function: Callable[..., Any]) -> Any:
     tile of 32 steps.
     """
     return numba.njit(inspect.unwrap(function), forceinline=True, **_OPTIONS)
+
+
+# A length that no slice reaches.
+_ENDLESS = np.iinfo(np.int64).max // 8
+
+
+@inlined
+def floats(address):  # type: ignore
+    """The float32 array at an address, as long as it needs to be: the opposite of `address`.
+
+    A kernel that takes addresses spares its caller the conversion of tensors to arrays.
+    """
+    return numba.carray(_pointer(address), _ENDLESS)  # type: ignore
 
 
 def kernel(function: Callable[..., Any]) -> Any:

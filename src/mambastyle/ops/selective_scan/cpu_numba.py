@@ -8,9 +8,10 @@ measured.
 The module imports numba and is itself imported only when a scan asks for it.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from mambastyle.ops.cpu_threads import run_ranges
@@ -22,7 +23,9 @@ from mambastyle.ops.cpu_vectors import (
     WIDTH,
     address,
     broadcast_rows,
-    exp2,
+    exp2_to_128,
+    exp_minus_abs,
+    floats,
     fma,
     inlined,
     kernel,
@@ -33,7 +36,7 @@ from mambastyle.ops.cpu_vectors import (
     load_rows,
     prefetch,
     scan_quarters,
-    softplus,
+    softplus_from,
     splat,
     splat_row,
     store,
@@ -54,9 +57,9 @@ MOST_GROWTH = np.float32(7)
 SERIAL_STATE_STEPS = 3_000_000
 
 # ------------------------------------------------------------------------------------------------------------
-# Kernels. All arrays are flat float32. A block is 16 channels of one group of one image, its tiles are [step,
-# lane]; the last block of a group may have fewer `rows`, and its other lanes compute on zeros and are never
-# stored.
+# Kernels. All arrays are flat float32, and kernels that are called from Python get their addresses. A block
+# is 16 channels of one group of one image, its tiles are [step, lane]; the last block of a group may have
+# fewer `rows`, and its other lanes compute on zeros and are never stored.
 
 
 @kernel
@@ -104,6 +107,9 @@ def _scan_forward(  # type: ignore
     channels, groups, length, state, A_image, D_image, first, end, scratch,
 ):  # fmt: skip
     """Blocks first..end-1. B, C are (batch, groups, length, state); `starts` gets each tile's first state."""
+    u, delta, A, B, C = floats(u), floats(delta), floats(A), floats(B), floats(C)
+    D, bias, y, last = floats(D), floats(bias), floats(y), floats(last)
+    starts, scratch = floats(starts), floats(scratch)
     group = channels // groups
     blocks = (group + LANES - 1) // LANES
     chunks = (length + CHUNK - 1) // CHUNK
@@ -165,9 +171,16 @@ def _prepare_rows(  # type: ignore
     """decay = exp2(d A) and drive = d u B of four rows; returns the largest logarithm of a decay so far."""
     for step in range(0, steps, WIDTH):
         d = load_rows(delta, first + step, second + step, third + step, fourth + step) + bias
-        if use_softplus:
-            d = softplus(d)
         store_rows(decay_tile, step, CHUNK + step, 2 * CHUNK + step, 3 * CHUNK + step, d)
+    if use_softplus:
+        for step in range(0, steps, WIDTH):
+            d = load_rows(decay_tile, step, CHUNK + step, 2 * CHUNK + step, 3 * CHUNK + step)
+            store_rows(drive_tile, step, CHUNK + step, 2 * CHUNK + step, 3 * CHUNK + step, exp_minus_abs(d))
+        for step in range(0, steps, WIDTH):
+            d = load_rows(decay_tile, step, CHUNK + step, 2 * CHUNK + step, 3 * CHUNK + step)
+            e = load_rows(drive_tile, step, CHUNK + step, 2 * CHUNK + step, 3 * CHUNK + step)
+            d = softplus_from(d, e)
+            store_rows(decay_tile, step, CHUNK + step, 2 * CHUNK + step, 3 * CHUNK + step, d)
     for step in range(0, steps, WIDTH):
         d = load_rows(decay_tile, step, CHUNK + step, 2 * CHUNK + step, 3 * CHUNK + step)
         drive = d * load_rows(u, first + step, second + step, third + step, fourth + step)
@@ -175,18 +188,22 @@ def _prepare_rows(  # type: ignore
         store_rows(drive_tile, step, CHUNK + step, 2 * CHUNK + step, 3 * CHUNK + step, drive)
         exponent = d * A
         growth = largest(exponent, growth)
-        store_rows(decay_tile, step, CHUNK + step, 2 * CHUNK + step, 3 * CHUNK + step, exp2(exponent))
+        # Where `growth` is beyond 128 nobody uses what comes out.
+        store_rows(decay_tile, step, CHUNK + step, 2 * CHUNK + step, 3 * CHUNK + step, exp2_to_128(exponent))
     return growth
 
 
 @inlined
 def _scan_rows(  # type: ignore
-    u, delta, y, first, second, third, fourth, C, entry, D, decay_tile, drive_tile, steps, carry,
+    u, delta, y, first, second, third, fourth, C, entry, D, decay_tile, drive_tile, steps, carry, next_chunk,
 ):  # fmt: skip
-    """Runs four prepared rows, which begin at `first` to `fourth` in u and y, from the states `carry` on."""
+    """Runs four prepared rows, which begin at `first` to `fourth` in u and y, from the states `carry` on.
+
+    Meanwhile it asks memory for what lies `next_chunk` floats further on.
+    """
     for step in range(0, steps, WIDTH):
         for place in (first, second, third, fourth):
-            ahead = 4 * (place + steps + step)  # in bytes, what the next chunk will read and write
+            ahead = 4 * (place + next_chunk + step)  # in bytes
             prefetch(address(u) + ahead)
             prefetch(address(delta) + ahead)
             prefetch(address(y) + ahead)
@@ -207,8 +224,12 @@ def _scan_one_state(  # type: ignore
 ):  # fmt: skip
     """As `_scan_forward` for one state: along the rows, four at a time, which are transposed in quarters.
 
-    most[block - begin] becomes the largest logarithm (base 2) of a decay: beyond MOST_GROWTH it is wrong.
+    most[block - begin] becomes the largest logarithm (base 2) of a decay: beyond MOST_GROWTH the block is
+    wrong. Returns the largest of all.
     """
+    u, delta, A, B, C = floats(u), floats(delta), floats(A), floats(B), floats(C)
+    D, bias, y, last = floats(D), floats(bias), floats(y), floats(last)
+    starts, scratch, most = floats(starts), floats(scratch), floats(most)
     group = channels // groups
     blocks = (group + LANES - 1) // LANES
     chunks = (length + CHUNK - 1) // CHUNK
@@ -228,6 +249,7 @@ def _scan_one_state(  # type: ignore
     used += WIDTH
     C_tail = scratch[used : used + WIDTH]
     u_tail[:], d_tail[:], B_tail[:], C_tail[:] = 0, 0, 0, 0
+    all_blocks = np.float32(0)
     for block in range(begin, end):
         image_group = block // blocks
         image = image_group // groups
@@ -254,6 +276,7 @@ def _scan_one_state(  # type: ignore
             D_rows = broadcast_rows(D, own + row, own + row_1, own + row_2, own + row_3)
             bias_rows = broadcast_rows(bias, row, row_1, row_2, row_3)
             carry = splat_row(np.float32(0))
+            now = 0
             for piece in range(chunks + (tail > 0)):
                 # The chunks without the tail, and then the tail: one piece of code for both.
                 if piece < chunks:
@@ -287,6 +310,7 @@ def _scan_one_state(  # type: ignore
                 carry = _scan_rows(
                     u_now, d_now, y_now, first, second, third, fourth, C_now, entry_now,
                     D_rows, decay_tile, drive_tile, steps, carry,
+                    CHUNK if piece + 1 < chunks else STATES * length - now,  # or that of the next rows
                 )  # fmt: skip
             for step in range(tail):
                 y[at + whole + step] = y_tail[step]
@@ -298,6 +322,8 @@ def _scan_one_state(  # type: ignore
                 last[image * channels + row + number] = drive_tile[number]
         store(drive_tile, 0, growth)
         most[block - begin] = drive_tile[:WIDTH].max()
+        all_blocks = max(all_blocks, most[block - begin])
+    return all_blocks
 
 
 @kernel
@@ -312,6 +338,11 @@ def _scan_backward(  # type: ignore
     the tasks of a group; they come as zeros, everything else is written. For every four states a tile is
     computed forwards from its stored start, then backwards.
     """
+    grad_y, grad_last, u, delta = floats(grad_y), floats(grad_last), floats(u), floats(delta)
+    A, B, C, D, bias = floats(A), floats(B), floats(C), floats(D), floats(bias)
+    grad_u, grad_delta, grad_A = floats(grad_u), floats(grad_delta), floats(grad_A)
+    grad_B, grad_C, grad_D = floats(grad_B), floats(grad_C), floats(grad_D)
+    grad_bias, starts, scratch = floats(grad_bias), floats(starts), floats(scratch)
     group = channels // groups
     blocks = (group + LANES - 1) // LANES
     chunks = (length + CHUNK - 1) // CHUNK
@@ -408,16 +439,18 @@ def _state_steps(u: Tensor, state: int) -> int:
     return u.numel() * (state + 6)
 
 
-def _flat(x: Tensor) -> np.ndarray:
-    return x.detach().contiguous().view(-1).numpy()
+def _per_channel(x: Tensor | None, u: Tensor) -> Tensor:
+    return u.new_zeros(u.shape[1]) if x is None else x
 
 
-def _per_channel(x: Tensor | None, u: Tensor) -> np.ndarray:
-    return _flat(u.new_zeros(u.shape[1]) if x is None else x)
+def _readable(*tensors: Tensor) -> list[Tensor]:
+    """The tensors as kernels read them; B and C are given with the states of a step side by side."""
+    return [x.contiguous() for x in tensors]
 
 
-def _time_major(x: Float[Tensor, "batch groups state length"]) -> np.ndarray:
-    return _flat(x.transpose(-1, -2))
+def _addresses(tensors: Iterable[Tensor]) -> list[int]:
+    """Where they lie, as long as somebody holds them."""
+    return [x.data_ptr() for x in tensors]
 
 
 def _blocks(channels: int, groups: int) -> int:
@@ -440,20 +473,20 @@ def scan_op(
     batch, channels, length = u.shape
     groups, state = B.shape[1:3]
     y, last, starts = _empty_outputs(u, A, B, keep_starts)
-    arrays = [_flat(u), _flat(delta), _flat(A), _time_major(B), _time_major(C)]
-    arrays += [_per_channel(D, u), _per_channel(delta_bias, u)]
-    outputs = [x.view(-1).numpy() for x in (y, last, starts)]
+    inputs = _readable(u, delta, A, B.mT, C.mT, _per_channel(D, u), _per_channel(delta_bias, u))
     sizes = (channels, groups, length, state, _image_step(A, 3, channels), _image_step(D, 2, channels))
+    given = (*_addresses(inputs), delta_softplus, *_addresses((y, last, starts)), keep_starts, *sizes)
     scratch = (3 * CHUNK + SPAN * STATES + 2 * state + 2) * LANES
 
     def work(first: int, end: int) -> None:
-        room, most = u.new_empty(scratch).numpy(), u.new_empty(end - first).numpy()
-        given = (*arrays, delta_softplus, *outputs, keep_starts, *sizes)
+        room = u.new_empty(scratch)
         if state > 1:
-            return _scan_forward(*given, first, end, room)
-        _scan_one_state(*given, first, end, room, most)
-        for block in first + np.flatnonzero(most > MOST_GROWTH):
-            _scan_forward(*given, block, block + 1, room)
+            _scan_forward(*given, first, end, room.data_ptr())
+            return
+        most = u.new_empty(end - first)
+        if _scan_one_state(*given, first, end, room.data_ptr(), most.data_ptr()) > MOST_GROWTH:
+            for block in torch.nonzero(most > float(MOST_GROWTH)).flatten().tolist():
+                _scan_forward(*given, first + block, first + block + 1, room.data_ptr())
 
     run_ranges(work, batch * _blocks(channels, groups), parallel=_state_steps(u, state) > SERIAL_STATE_STEPS)
     return y, last, starts
@@ -494,22 +527,24 @@ def scan_backward_op(
     blocks = _blocks(channels, groups) // groups
     splits = max(1, min(blocks, SPLITS // (batch * groups)))
     tasks = batch * groups * splits
-    arrays = [*map(_flat, (grad_y, grad_last, u, delta, A)), _time_major(B), _time_major(C)]
-    arrays += [_per_channel(D, u), _per_channel(delta_bias, u)]
+    inputs = _readable(
+        grad_y, grad_last, u, delta, A, B.mT, C.mT, _per_channel(D, u), _per_channel(delta_bias, u)
+    )
+    starts = starts.contiguous()
     grad_u, grad_delta = u.new_empty(u.shape), u.new_empty(u.shape)
     grad_A = u.new_empty(batch, channels, state)
     grad_B, grad_C = (u.new_zeros(batch, groups, splits, length, state) for _ in range(2))
     grad_D, grad_bias = u.new_empty(batch, channels), u.new_empty(batch, channels)
-    outputs = [x.view(-1).numpy() for x in (grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias)]
+    outputs = (grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias)
     sizes = (channels, groups, length, state, splits)
     sizes += (_image_step(A, 3, channels), _image_step(D, 2, channels))
     tiles = 7 + 2 * STATES + 2 * slots.py_func(state)
     scratch = (tiles * CHUNK + 3 * state + 4) * LANES + CHUNK * state
+    given = (*_addresses(inputs), delta_softplus, starts.data_ptr(), *_addresses(outputs), *sizes)
 
     def work(first: int, end: int) -> None:
-        _scan_backward(
-            *arrays, delta_softplus, _flat(starts), *outputs, *sizes, first, end, u.new_empty(scratch).numpy()
-        )
+        room = u.new_empty(scratch)
+        _scan_backward(*given, first, end, room.data_ptr())
 
     run_ranges(work, tasks, parallel=4 * _state_steps(u, state) > SERIAL_STATE_STEPS)
     return (
