@@ -237,23 +237,16 @@ class SynthesisLayer(nn.Module):
             # Ordinary tensors even if inference mode asks first: a graph may need them later.
             with torch.inference_mode(False), torch.no_grad():
                 weight = self.weight * self.weight_gain
+                energy = kernel_energy(weight)
                 if self.up == 2:
-                    turned = weight.transpose(0, 1).contiguous(memory_format=self._transposed_layout())
+                    turned = weight.transpose(0, 1).contiguous(memory_format=torch.channels_last)
                     weight = turned.transpose(0, 1)
-                self._kept = (key, weight, kernel_energy(weight))
+                self._kept = (key, weight, energy)
         return self._kept[1:]
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy may be trained, averaged into, or sent elsewhere: it keeps nothing until it is told to.
         return self.__dict__ | {"keeps_kernel": False, "_kept": None}
-
-    def _transposed_layout(self) -> torch.memory_format:
-        """How PyTorch wants the kernel of a transposed convolution of one channels-last picture on a CPU.
-
-        Up to 20,480 numbers it multiplies and scatters, by a kernel in rows; oneDNN takes what is larger.
-        """
-        numbers = self.weight.shape[1] * (self.size // 2) ** 2
-        return torch.contiguous_format if numbers <= 20_480 else torch.channels_last
 
     def noise(self, x: Tensor, mode: Noise, generator: torch.Generator | None) -> Tensor | None:
         """The noise picture of this layer, one channel; None when there is none."""
