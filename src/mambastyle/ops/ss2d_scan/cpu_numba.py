@@ -324,13 +324,14 @@ def _ss2d_backward(  # type: ignore
 
 def _flat(x: Tensor) -> np.ndarray:
     """A contiguous tensor as a flat array, bfloat16 as uint16."""
-    x = x.detach().contiguous().view(-1)
-    return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
+    x = x.contiguous()
+    x = x.view(torch.uint16) if x.dtype == torch.bfloat16 else x
+    return x.numpy(force=True).ravel()  # `force` cuts it from autograd
 
 
 def _rows(x: Float[Tensor, "batch length paths entries"]) -> tuple[np.ndarray, tuple[int, int, int]]:
     """A tensor as a flat array in which the entries are contiguous, and its other strides."""
-    x = operator.with_entries_together(x.detach())
+    x = operator.with_entries_together(x)
     span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return _flat(x.as_strided((span,), (1,))), (x.stride(0), x.stride(1), x.stride(2))
 
