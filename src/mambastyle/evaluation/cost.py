@@ -333,6 +333,6 @@ def _selective(u: Tensor, delta: Tensor, A: Tensor, *_: Any) -> tuple[int, int]:
 
 
 _SCANS: Mapping[Any, Callable[..., tuple[int, int]]] = {
-    ss2d_scan_op._opoverload._overloadpacket: _ss2d,
-    selective_scan_op._opoverload._overloadpacket: _selective,
+    ss2d_scan_op.overloadpacket: _ss2d,
+    selective_scan_op.overloadpacket: _selective,
 }

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from mambastyle.ops.registration import constant_result
 from mambastyle.ops.selective_scan import reference
 
 __all__ = ["available_backends", "scan_backend", "selective_scan", "unavailable_reason"]
@@ -78,7 +79,7 @@ def available_backends() -> tuple[str, ...]:
     return tuple(name for name in _SCANS if unavailable_reason(name) is None)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def unavailable_reason(name: str) -> str | None:
     """Why a backend cannot run here, with the remedy, or None if it can."""
     if name not in _SCANS:
@@ -144,7 +145,7 @@ def _misfit(backend: str, tensors: tuple[Tensor, ...]) -> Exception | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _devices(backend: str) -> tuple[str, ...]:
     if backend == "numba":
         return ("cpu", "meta")
@@ -169,7 +170,7 @@ def _import_problem(name: str) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _warn_once(backend: str, reason: str) -> None:
     if backend not in _warned:
         _warned.add(backend)

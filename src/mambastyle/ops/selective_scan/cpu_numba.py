@@ -45,6 +45,7 @@ from mambastyle.ops.cpu_vectors import (
     transpose,
     transpose_quarters,
 )
+from mambastyle.ops.registration import custom_op
 from mambastyle.ops.selective_scan import operator
 
 CHUNK = 128  # steps per tile, and between the states that the backward pass starts from
@@ -457,7 +458,7 @@ def _blocks(channels: int, groups: int) -> int:
     return groups * -(-(channels // groups) // LANES)
 
 
-@torch.library.custom_op("mambastyle::selective_scan", mutates_args=(), device_types="cpu")
+@custom_op("mambastyle::selective_scan", "cpu")
 def scan_op(
     u: Tensor,
     delta: Tensor,
@@ -508,7 +509,7 @@ def _empty_outputs(u: Tensor, A: Tensor, B: Tensor, keep_starts: bool) -> tuple[
     )
 
 
-@torch.library.custom_op("mambastyle::selective_scan_backward", mutates_args=(), device_types="cpu")
+@custom_op("mambastyle::selective_scan_backward", "cpu")
 def scan_backward_op(
     grad_y: Tensor,
     grad_last: Tensor,

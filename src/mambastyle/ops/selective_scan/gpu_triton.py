@@ -27,6 +27,7 @@ from mambastyle.ops.gpu_tiles import (
     softplus,
     with_column,
 )
+from mambastyle.ops.registration import custom_op
 from mambastyle.ops.selective_scan import operator
 
 TILE = 64  # steps per tile, and between the states that the backward pass starts from
@@ -192,7 +193,7 @@ def _empty_outputs(u: Tensor, A: Tensor, B: Tensor, keep_starts: bool) -> tuple[
     return y, last, starts
 
 
-@torch.library.custom_op("mambastyle::selective_scan_triton", mutates_args=())
+@custom_op("mambastyle::selective_scan_triton")
 def scan_op(
     u: Tensor,
     delta: Tensor,
@@ -218,7 +219,7 @@ def scan_op(
     return y, last, starts
 
 
-@torch.library.custom_op("mambastyle::selective_scan_triton_backward", mutates_args=())
+@custom_op("mambastyle::selective_scan_triton_backward")
 def scan_backward_op(
     grad_y: Tensor,
     grad_last: Tensor,

@@ -33,6 +33,7 @@ from mambastyle.ops.cpu_vectors import (
     splat,
     store,
 )
+from mambastyle.ops.registration import custom_op
 from mambastyle.ops.ss2d_scan import operator
 
 CHUNK = 32  # steps per tile, and between the states that the backward pass starts from; a multiple of LANES
@@ -357,7 +358,7 @@ def _empty_outputs(u: Tensor, B: Tensor, keep_starts: bool) -> tuple[Tensor, Ten
     return u.new_empty(u.shape), u.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("mambastyle::ss2d_scan", mutates_args=(), device_types="cpu")
+@custom_op("mambastyle::ss2d_scan", "cpu")
 def scan_op(
     u: Tensor,
     dt: Tensor,
@@ -389,7 +390,7 @@ def scan_op(
     return y.to(u.dtype), starts
 
 
-@torch.library.custom_op("mambastyle::ss2d_scan_backward", mutates_args=(), device_types="cpu")
+@custom_op("mambastyle::ss2d_scan_backward", "cpu")
 def scan_backward_op(
     grad_y: Tensor,
     u: Tensor,

@@ -29,6 +29,7 @@ from mambastyle.ops.gpu_tiles import (
     softplus,
     with_column,
 )
+from mambastyle.ops.registration import custom_op
 from mambastyle.ops.ss2d_scan import operator
 
 TILE = 64  # steps per tile, and between the states that the backward pass starts from
@@ -281,7 +282,7 @@ def _empty_outputs(u: Tensor, B: Tensor, keep_starts: bool) -> tuple[Tensor, Ten
     return u.new_empty(u.shape), u.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("mambastyle::ss2d_scan_triton", mutates_args=())
+@custom_op("mambastyle::ss2d_scan_triton")
 def scan_op(
     u: Tensor,
     dt: Tensor,
@@ -306,7 +307,7 @@ def scan_op(
     return _merged(y, order, first, length, u.dtype, paths=len(write)), starts
 
 
-@torch.library.custom_op("mambastyle::ss2d_scan_triton_backward", mutates_args=())
+@custom_op("mambastyle::ss2d_scan_triton_backward")
 def scan_backward_op(
     grad_y: Tensor,
     u: Tensor,
